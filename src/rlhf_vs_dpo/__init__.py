@@ -1,0 +1,1 @@
+"""RLHF versus DPO: the whole comparison as one reproducible pipeline."""

@@ -1,0 +1,376 @@
+"""params.yaml as types: one frozen model per section. An unknown, missing or out-of-range key is an error naming it.
+
+There are no defaults here: every number stands in params.yaml, so that DVC sees it. (A test holds this.)
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from rlhf_vs_dpo.errors import ParamsError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: nothing unknown, nothing coerced, nothing changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+class Flaws(Section):
+    """Probabilities of the flaws of a demonstration in the mini-TL;DR world."""
+
+    omit: Share
+    invent: Share
+    distract: Share
+    filler: Share
+    repeat: Share
+    state_time: Share
+
+
+class MiniTldr(Section):
+    train: Count
+    validation: Count
+    test: Count
+    corpus_train: Count
+    corpus_validation: Count
+    flaws: Flaws
+
+
+class Splits(Section):
+    """Shares of prompts held out; a prompt's split follows from a hash of its text."""
+
+    validation: Share
+    test: Share
+    limit: Count | None
+
+
+class Hub(Section):
+    name: str | None
+    config: str | None
+    split: str
+    revision: str | None
+    splits: Splits
+    turn_marker: str | None
+
+
+class Files(Section):
+    preferences: str | None
+    demonstrations: str | None
+    corpus: str | None
+    splits: Splits
+    turn_marker: str | None
+
+
+class Imdb(Section):
+    origin: Literal["hub", "package"]
+    revision: str | None
+    train: Count
+    validation: Count
+    test: Count
+    corpus_train: Count
+    corpus_validation: Count
+    classifier_reviews: Count
+    prompt_words: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    response_words: Count
+
+
+class Data(Section):
+    source: Literal["mini_tldr", "imdb", "hub", "files"]
+    chat_template: str | None
+    mini_tldr: MiniTldr
+    imdb: Imdb
+    hub: Hub
+    files: Files
+
+
+# ---- models and training ---------------------------------------------------------------------------------------------
+
+
+class Scratch(Section):
+    """A Llama configuration to pretrain from nothing."""
+
+    layers: Count
+    width: Count
+    heads: Count
+    feed_forward: Count
+    context: Count
+    bpe_vocabulary: Annotated[int, Field(ge=260)]
+
+
+class Training(Section):
+    """One run of AdamW over batches. `batch` is global: micro-batches and processes only divide it."""
+
+    steps: Steps
+    batch: Count
+    learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: Share
+    weight_decay: NonNegative
+    max_grad_norm: Positive
+    adam_epsilon: Positive
+
+
+class Base(Section):
+    pretrained: str | None
+    revision: str | None
+    scratch: Scratch
+    training: Training
+
+
+class Sft(Section):
+    training: Training
+
+
+class Annotator(Section):
+    """Bradley-Terry on gold + length_bias * tokens + filler_bias * [filler], divided by the temperature."""
+
+    temperature: Positive
+    length_bias: float
+    filler_bias: float
+
+
+class Preferences(Section):
+    source: Literal["annotator", "dataset"]
+    train_prompts: Count
+    validation_prompts: Count
+    annotator: Annotator
+
+
+class Reward(Section):
+    unit_scale: bool
+    training: Training
+
+
+class Sampling(Section):
+    """The distribution that *is* the policy: every log-probability in the project is taken at this temperature."""
+
+    temperature: Positive
+    max_new_tokens: Count
+
+
+class Monitor(Section):
+    """Held-out sampling during rl and preference training."""
+
+    points: Count
+    prompts: Count
+
+
+class Rl(Section):
+    algorithm: Literal["ppo"]
+    iterations: Count
+    episodes: Count
+    epochs: Count
+    minibatches: Count
+    learning_rate: Positive
+    value_learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine"]
+    adam_epsilon: Positive
+    max_grad_norm: Positive
+    kl_coefficient: NonNegative
+    kl_target: Positive | None
+    kl_horizon: Positive
+    clip: Positive
+    value_clip: Positive
+    gae_discount: Share
+    gae_lambda: Share
+    unfinished_reward: float
+    ptx_coefficient: NonNegative
+    ptx_batch: Count
+    value_warmup: Steps
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Rl":
+        if self.episodes % self.minibatches:
+            raise ValueError(f"episodes ({self.episodes}) must be a multiple of minibatches ({self.minibatches})")
+        return self
+
+
+class PairTraining(Section):
+    """What every loss on pairs shares."""
+
+    epochs: Positive
+    batch: Count
+    learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: Share
+    weight_decay: NonNegative
+    max_grad_norm: Positive
+    adam_epsilon: Positive
+
+
+class Dpo(PairTraining):
+    loss: Literal["dpo"]
+    beta: Positive
+
+
+class LnDpo(PairTraining):
+    loss: Literal["ln_dpo"]
+    beta: Positive
+
+
+class SimPo(PairTraining):
+    loss: Literal["simpo"]
+    beta: Positive
+    gamma: float
+
+
+Preference = Annotated[Dpo | LnDpo | SimPo, Field(discriminator="loss")]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Sample(Section):
+    prompts: Count
+    per_prompt: Count
+
+
+class Evaluate(Section):
+    resamples: Annotated[int, Field(ge=100)]
+
+
+class Report(Section):
+    examples: Count
+
+
+class Policies(Section):
+    rl: list[Name]
+    preference: list[Name]
+
+
+SECTIONS: dict[str, Any] = {
+    "seed": Annotated[int, Field(ge=0)],
+    "seeds": Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)],
+    "policies": Policies,
+    "data": Data,
+    "base": Base,
+    "sft": Sft,
+    "sampling": Sampling,
+    "preferences": Preferences,
+    "reward": Reward,
+    "monitor": Monitor,
+    "rl": Rl,
+    "preference": Preference,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "report": Report,
+}
+FAMILIES = ("rl", "preference")  # sections that hold `defaults` and one entry per method
+
+
+def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
+    """params.yaml as plain dicts (YAML 1.2, as DVC reads it: 1e-5 is a number)."""
+    try:
+        return YAML(typ="safe").load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; restore it with `make profile NAME=default`") from None
+    except YAMLError as error:
+        raise ParamsError(f"{path}: not valid YAML: {error}") from None
+
+
+def section(params: dict[str, Any], name: str, method: str | None = None, place: str = "params.yaml") -> Any:
+    """One section of params.yaml as its type; for a family, the entry of `method` laid over its `defaults`.
+
+    Raises ParamsError that names every wrong key by its dotted path.
+    """
+    key = f"{name}.{method}" if method else name
+    try:
+        values = params[name]
+        if method:
+            values = {**values["defaults"], **(values[method] or {})}
+    except (KeyError, TypeError) as error:
+        lost = error.args[0] if isinstance(error, KeyError) else key
+        raise ParamsError(f"{place}: missing key `{lost if lost == name else f'{name}.{lost}'}`") from None
+    return _validated(SECTIONS[name], values, key, place)
+
+
+def _validated(kind: Any, values: Any, key: str, place: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as errors:
+        raise ParamsError("\n".join(_explain(error, key, place) for error in errors.errors())) from None
+
+
+def _explain(error: Any, key: str, place: str) -> str:
+    # A discriminated union puts its tag ("dpo") at the head of the location; it is no key of the file.
+    inner = [str(part) for part in error["loc"] if str(part) not in ("dpo", "ln_dpo", "simpo")]
+    dotted = ".".join([key, *inner])
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{place}: unknown key `{dotted}`; check its spelling, or remove it"
+        case "missing":
+            return f"{place}: missing key `{dotted}`; profiles/default.yaml shows its default"
+        case "union_tag_invalid":
+            known = error["ctx"]["expected_tags"]
+            return f"{place}: `{dotted}.loss` is {error['ctx']['tag']!r}, which is no known loss ({known})"
+        case "union_tag_not_found":
+            return f"{place}: missing key `{dotted}.loss`"
+    return f"{place}: `{dotted}` is {error['input']!r}: {error['msg']}"
+
+
+def check(params: dict[str, Any], place: str = "params.yaml") -> None:
+    """Validate a whole params.yaml, every method of it included; all faults are reported together."""
+    faults = [
+        f"{place}: unknown key `{key}`; check its spelling, or remove it" for key in params.keys() - SECTIONS.keys()
+    ]
+
+    def attempt(*names: str) -> Any:
+        try:
+            return section(params, *names, place=place)
+        except ParamsError as error:
+            faults.append(str(error))
+
+    for name in SECTIONS.keys() - set(FAMILIES):
+        attempt(name)
+    for family in FAMILIES:
+        entries = params.get(family)
+        if not isinstance(entries, dict) or not isinstance(entries.get("defaults"), dict):
+            faults.append(f"{place}: missing key `{family}.defaults`")
+            continue
+        for method in entries.keys() - {"defaults"}:
+            attempt(family, method)
+        chosen = (params.get("policies") or {}).get(family) or []
+        for method in chosen:
+            if method not in entries or method == "defaults":
+                faults.append(f"{place}: `policies.{family}` lists {method!r}, but there is no `{family}.{method}`")
+        if len(set(chosen)) < len(chosen):
+            faults.append(f"{place}: `policies.{family}` lists a method twice")
+    both = set((params.get("policies") or {}).get("rl") or []) & set(
+        (params.get("policies") or {}).get("preference") or []
+    )
+    faults += [
+        f"{place}: {name!r} is listed under both `policies.rl` and `policies.preference`" for name in sorted(both)
+    ]
+    if faults:
+        raise ParamsError("\n".join(sorted(dict.fromkeys(faults))))
+
+
+def policy_names(policies: Policies, seeds: list[int]) -> dict[str, str]:
+    """Folder name under models/ -> name in tables: the method's, with -<seed> behind it where there are several seeds."""
+    names = {"sft": "sft"}
+    for method in [*policies.rl, *policies.preference]:
+        for seed in seeds:
+            names[f"{method}-{seed}"] = method if len(seeds) == 1 else f"{method}-{seed}"
+    return names
+
+
+if __name__ == "__main__":  # `make check`: every key of params.yaml, before any stage starts
+    import sys
+
+    try:
+        check(read_params())
+    except ParamsError as error:
+        sys.exit(f"error: {error}")

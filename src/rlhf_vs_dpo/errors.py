@@ -1,0 +1,21 @@
+"""The errors a user can cause, each with the place and the fix in its message."""
+
+
+class UserError(Exception):
+    """Base of all errors that a stage prints without a traceback before it exits with status 1."""
+
+
+class ParamsError(UserError):
+    """A key of params.yaml is unknown, missing or out of range."""
+
+
+class DataError(UserError):
+    """A table, a file or a remote data set does not hold what its contract says."""
+
+
+class ModelError(UserError):
+    """A model folder cannot be loaded, or does not fit the data."""
+
+
+class TrainingError(UserError):
+    """A run broke an invariant or produced a loss that is not finite."""

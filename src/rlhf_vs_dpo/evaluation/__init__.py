@@ -1,0 +1,1 @@
+"""What is measured of the samples, and how sure we are. Reads tables, loads no model, retrains nothing."""

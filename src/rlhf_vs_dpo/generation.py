@@ -1,0 +1,147 @@
+"""Sample responses from a policy, with a key-value cache, until every response of the batch has ended.
+
+Each response draws its random numbers from a stream of its own, keyed by what it is (seed, prompt, sample), and is
+sampled by inverse CDF from the full distribution: no top-k, no top-p, so that the log-probabilities taken later are
+those of the very distribution that was sampled from. The batch a response is in changes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.config import Sampling
+from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.models import autocast, context_of
+from rlhf_vs_dpo.progress import bar
+from rlhf_vs_dpo.text import Tokens, check_context
+
+ROWS = 256  # responses generated together
+
+
+class Responses(NamedTuple):
+    """tokens[i].response ends with EOS exactly where finished[i]."""
+
+    tokens: list[Tokens]
+    finished: list[bool]
+
+
+def stream(seed: int, name: str, sample: int, length: int) -> np.ndarray:
+    """`length` uniforms in [0, 1) that belong to one response, whatever batch it is generated in."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, crc32(name.encode()), sample]))).random(
+        length
+    )
+
+
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    names: Sequence[str],
+    samples: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    what: str | None = None,
+    rows: int = ROWS,
+) -> Responses:
+    """Sample one response for each prompt.
+
+    `prompts` are ids with their BOS (`text.encode_prompts`); `names[i]` and `samples[i]` key the random stream of
+    response i. `what` names the progress bar (none if it is None). Raises DataError where a prompt and a response of
+    `sampling.max_new_tokens` do not fit the model's context.
+    """
+    check_context(
+        [len(ids) + sampling.max_new_tokens for ids in prompts], names, context_of(model), "prompt and new tokens"
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
+    responses: list[list[int]] = [[] for _ in prompts]
+    device = next(model.parameters()).device
+    with (
+        bar(len(prompts), what or "", "response", visible=what is not None) as progress,
+        torch.inference_mode(),
+        autocast(device),
+    ):
+        for start in range(0, len(order), rows):
+            chunk = order[start : start + rows]
+            uniforms = np.stack([stream(seed, names[i], samples[i], sampling.max_new_tokens) for i in chunk])
+            drawn = _generate_batch(
+                model, tokenizer, [prompts[i] for i in chunk], torch.from_numpy(uniforms).to(device), sampling
+            )
+            for i, ids in zip(chunk, drawn, strict=True):
+                responses[i] = ids
+            progress.update(len(chunk))
+    eos = tokenizer.eos_token_id
+    return Responses(
+        [Tokens(prompt, response) for prompt, response in zip(prompts, responses, strict=True)],
+        [response[-1] == eos for response in responses],
+    )
+
+
+def _generate_batch(
+    model: nn.Module, tokenizer, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling
+) -> list[list[int]]:
+    """Responses of one left-padded batch; `uniforms` is (B, max_new_tokens)."""
+    from transformers import DynamicCache
+
+    device, eos, budget = uniforms.device, tokenizer.eos_token_id, sampling.max_new_tokens
+    width = max(len(ids) for ids in prompts)
+    ids = np.full((len(prompts), width), tokenizer.pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(prompts), width + budget), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) : width] = prompt
+        mask[row, width - len(prompt) :] = 1
+    step_ids = torch.from_numpy(ids).to(device)
+    attention = torch.from_numpy(mask).to(device)
+    place = (attention[:, :width].cumsum(-1) - 1).clamp_min(0)
+    cache = DynamicCache(config=model.config)
+    drawn = torch.full((len(prompts), budget), eos, device=device)
+    rows = torch.arange(len(prompts), device=device)  # which row of `drawn` each row of the cache belongs to
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(budget):
+        logits = model(
+            input_ids=step_ids,
+            attention_mask=attention[:, : width + step],
+            position_ids=place,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        # A row that has ended is carried along until the next clearing; all it draws is EOS.
+        token = torch.where(ended, eos, inverse_cdf(logits, uniforms[rows, step], sampling.temperature))
+        drawn[rows, step] = token
+        ended = ended | (token == eos)
+        place, step_ids = place[:, -1:] + 1, token[:, None]
+        living = int((~ended).sum())
+        if not living:
+            break
+        if living <= 0.75 * len(rows):  # clear what has ended: copying the cache costs less than carrying the dead
+            keep = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, ended, attention, place, step_ids = (
+                rows[keep],
+                ended[keep],
+                attention[keep],
+                place[keep],
+                step_ids[keep],
+            )
+    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Token whose interval of the cumulative distribution holds `uniform`: (B, V), (B,) -> (B,) int64.
+
+    Double precision, or a cumulative sum over a large vocabulary would move probability between tokens.
+    """
+    if not torch.isfinite(logits).all():
+        raise ModelError("generation met logits that are not finite: the policy has diverged, or its folder is damaged")
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    target = uniform.double() * cumulative[:, -1]
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def decode(tokenizer, responses: Sequence[Tokens]) -> list[str]:
+    """Text of responses, special tokens (EOS) left out."""
+    return tokenizer.batch_decode([tokens.response for tokens in responses], skip_special_tokens=True)

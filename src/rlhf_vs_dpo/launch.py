@@ -1,0 +1,41 @@
+"""The same stage command on a laptop, one GPU or several: a stage that can use more processes starts them itself.
+
+Hardware is no dependency of a stage, so it is not in dvc.yaml: with several visible GPUs a training stage replaces itself
+by `accelerate launch` of itself. RLHF_PROCESSES sets the number (2 on a CPU works, for testing); RLHF_LAUNCH replaces the
+whole launcher, for several nodes ("accelerate launch --config_file cluster.yaml").
+"""
+
+import os
+import shlex
+import sys
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and logs."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def on_all_devices() -> None:
+    """Replace this process by one per GPU where that is more than one; return at once otherwise."""
+    if "RANK" in os.environ:  # launched already
+        return
+    if launcher := os.environ.get("RLHF_LAUNCH"):
+        command = shlex.split(launcher)
+    else:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        processes = int(os.environ.get("RLHF_PROCESSES", max(gpus, 1)))
+        if processes < 2:
+            return
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+        ]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu" if gpus else "--cpu"]
+    os.execvp(command[0], [*command, *sys.argv])

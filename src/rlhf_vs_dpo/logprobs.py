@@ -1,0 +1,96 @@
+"""The only room that turns hidden states into log pi(y|x).
+
+Three rules hold for every log-probability of the project: it is taken under the distribution that is sampled from
+(logits divided by the sampling temperature), in float32, and at response tokens only: the vocabulary projection never
+runs at a prompt or padding position.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.text import Batch, positions
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities of response tokens, laid out as the batch is.
+
+    logp    (B, T) float32: log pi(token | what precedes it) at response tokens, 0 elsewhere
+    mask    (B, T) bool: where response tokens are; whoever averages must use it, zeros are not values
+    entropy (B, T) float32, detached: entropy of the distribution each response token was drawn from, 0 elsewhere
+    """
+
+    logp: Tensor
+    mask: Tensor
+    entropy: Tensor
+
+    def sums(self) -> Tensor:
+        """log pi(y|x), shape (B,)."""
+        return self.logp.sum(-1)
+
+    def lengths(self) -> Tensor:
+        """|y|, response tokens with EOS, shape (B,)."""
+        return self.mask.sum(-1)
+
+
+def before(mask: Tensor) -> Tensor:
+    """Mask of the positions whose hidden state predicts a token of `mask`: one to the left, (B, T) bool."""
+    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
+class Policy(nn.Module):
+    """A causal language model as a policy: batch in, log-probabilities of its response tokens out.
+
+    One `forward` does it all, so that wrappers which hook it (DistributedDataParallel) see every pass.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, batch: Batch) -> TokenLogprobs:
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=positions(batch.attention_mask),
+            use_cache=False,
+        ).last_hidden_state  # (B, T, d)
+        mask = batch.response_mask
+        logits = self.project(hidden[before(mask)])  # (N, V), N response tokens in all
+        log_distribution = (logits.float() / self.temperature).log_softmax(-1)
+        chosen = log_distribution.gather(-1, batch.input_ids[mask][:, None])[:, 0]  # (N,)
+        with torch.no_grad():
+            entropy = -(log_distribution.exp() * log_distribution).sum(-1)
+        empty = hidden.new_zeros(mask.shape, dtype=torch.float32)
+        return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, empty.masked_scatter(mask, entropy))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of hidden states (N, d) -> (N, V); `check_projection` proves that this is the model's own."""
+        return self.model.get_output_embeddings()(hidden)
+
+
+def check_projection(policy: Policy, batch: Batch) -> None:
+    """Refuse a model whose logits are not a plain projection of its last hidden state (soft caps, logit scales).
+
+    Compares our response-only log-probabilities with those from the model's own full logits, on one small batch.
+    """
+    with torch.no_grad():
+        ours = policy(batch).logp
+        full = policy.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=positions(batch.attention_mask),
+            use_cache=False,
+        ).logits
+        log_distribution = (full[:, :-1].float() / policy.temperature).log_softmax(-1)
+        theirs = log_distribution.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        mask = batch.response_mask[:, 1:]
+        gap = (ours[:, 1:] - theirs)[mask].abs().max().item()
+    if not gap < (1e-3 if full.dtype == torch.float32 else 0.2):
+        raise ModelError(
+            f"{type(policy.model).__name__} ({policy.model.config.name_or_path or 'from scratch'}): its logits are not a plain projection of its hidden "
+            f"states (log-probabilities differ by {gap:.2g}); such models are not supported"
+        )

@@ -1,0 +1,1 @@
+"""One file per paper: each loss is a pure function of log-probabilities, beside its equation. Imports torch only."""

@@ -1,0 +1,51 @@
+r"""Direct preference optimisation, and its length-normalised form.
+
+Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290, eq. 7:
+
+    L = - log sigmoid( beta * h_w - beta * h_l ),      h = log pi(y|x) - log ref(y|x)
+
+    pi    policy        ref   reference policy, the SFT model        beta  KL weight of the RLHF objective
+    beta * h is the implicit reward; it equals r(x, y) up to a constant of x when pi is optimal (eq. 5).
+
+LN-DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6; `dpo_norm` in open-instruct, `sigmoid_norm` in TRL) divides
+each h by the length of its response:
+
+    L = - log sigmoid( beta * h_w / |y_w| - beta * h_l / |y_l| )
+
+Where we differ: nothing; lengths count the EOS token, which is part of the response.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PairLoss(NamedTuple):
+    """Per pair, each (B,): the loss, and the detached implicit rewards of the chosen and the rejected response."""
+
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+
+
+def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> PairLoss:
+    """Eq. 7 from log-probabilities of whole responses under pi and ref, each (B,)."""
+    reward_w = beta * (chosen - ref_chosen)
+    reward_l = beta * (rejected - ref_rejected)
+    return PairLoss(-F.logsigmoid(reward_w - reward_l), reward_w.detach(), reward_l.detach())
+
+
+def ln_dpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    beta: float,
+) -> PairLoss:
+    """Length-normalised DPO; `*_tokens` are |y|, each (B,)."""
+    reward_w = beta * (chosen - ref_chosen) / chosen_tokens
+    reward_l = beta * (rejected - ref_rejected) / rejected_tokens
+    return PairLoss(-F.logsigmoid(reward_w - reward_l), reward_w.detach(), reward_l.detach())

@@ -1,0 +1,260 @@
+"""Load, add a scalar head, freeze, save byte-stably. Model folders are plain Hugging Face folders, safetensors only."""
+
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.config import Base, Scratch
+from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.text import Batch, positions
+
+
+def device() -> torch.device:
+    """The accelerator of this process where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device):
+    """bf16 on a GPU that has it, float32 elsewhere: the precision of every forward pass of the project."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def quiet(model: nn.Module) -> nn.Module:
+    """Switch dropout off for good: with it, a policy differs from itself (ratio != 1, KL != 0 before any update)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name in list(vars(model.config)):
+        if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(getattr(model.config, name), float):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():  # attention modules keep a copy of their probability
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.eval()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def from_scratch(settings: Scratch, tokenizer):
+    """A small Llama with random weights, its embedding tied to its projection."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if settings.width % settings.heads:
+        raise ModelError(
+            f"params.yaml: `base.scratch.width` ({settings.width}) must be a multiple of `heads` ({settings.heads})"
+        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        intermediate_size=settings.feed_forward,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return quiet(LlamaForCausalLM(config))
+
+
+def pretrained(settings: Base):
+    """(model, tokenizer) from a Hub id with revision, a local folder, or a folder with one GGUF file.
+
+    A PAD that is missing or equals EOS is replaced by a token of its own, or the policy would never learn to stop.
+    """
+    name = settings.pretrained
+    model, tokenizer = _load(name, "AutoModelForCausalLM", _origin(name, settings.revision))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: its tokenizer has no EOS token, so that no response could end")
+    tokenizer.clean_up_tokenization_spaces = False
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+    return model, tokenizer
+
+
+def pretrained_tokenizer(name: str, revision: str | None):
+    """The tokenizer alone: for its chat template, before there is a model."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_origin(name, revision))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _unloadable(name, "AutoTokenizer", error) from error
+
+
+def _origin(name: str, revision: str | None) -> dict[str, str]:
+    """What `from_pretrained` needs besides the name: a revision for a Hub id, the file for a folder with a GGUF."""
+    folder = Path(name)
+    if folder.is_dir():
+        gguf = sorted(path.name for path in folder.glob("*.gguf"))
+        if len(gguf) > 1:
+            raise ModelError(f"{folder}: several GGUF files ({', '.join(gguf)}); keep one in the folder")
+        return {"gguf_file": gguf[0]} if gguf and not (folder / "config.json").exists() else {}
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"`base.pretrained` is {name}, and there is no such folder")
+    if not revision:
+        raise ModelError(
+            f"`base.pretrained` is {name}, which is no folder here, hence a Hub id: give `base.revision` a commit hash, "
+            "for a Hub id alone is invisible to DVC and may change under you"
+        )
+    return {"revision": revision}
+
+
+def load_policy(folder: Path):
+    """(model, tokenizer) of a folder that a stage wrote, float32, dropout off, in eval mode, on `device()`."""
+    model, tokenizer = _load(str(folder), "AutoModelForCausalLM", {})
+    return model.to(device()), tokenizer
+
+
+def _load(name: str, kind: str, extra: dict, new_head: bool = False):
+    """(model, tokenizer); a weight that the folder lacks is an error, unless it is that of a head to be trained."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    weights = {} if "gguf_file" in extra else {"use_safetensors": True}
+    try:
+        model, found = getattr(transformers, kind).from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **weights, **extra
+        )
+        tokenizer_extra = {key: value for key, value in extra.items() if key != "num_labels"}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_extra)
+    except Exception as error:  # transformers, safetensors, json and the Hub client raise unrelated types
+        raise _unloadable(name, kind, error) from error
+    lost = [key for key in found["missing_keys"] if not (new_head and key.split(".")[0] in ("score", "classifier"))]
+    if lost or found["mismatched_keys"]:
+        raise _unloadable(name, kind, KeyError(f"weights missing or of another shape: {sorted(lost)[:5] or found['mismatched_keys']}"))
+    return quiet(model), tokenizer
+
+
+def _unloadable(name: str, kind: str, error: Exception) -> ModelError:
+    if Path(name).exists():
+        fix = "the folder is corrupt, truncated, or not of this kind; remove it and make it again (`dvc repro`, or a new download)"
+    else:
+        fix = (
+            "the Hub could not give it; check the name and revision, or download it where there is a network "
+            f"(`hf download {name} --local-dir FOLDER`) and set `base.pretrained` to FOLDER"
+        )
+    return ModelError(f"{name}: cannot be loaded as {kind}: {fix}\n  {type(error).__name__}: {str(error)[:400]}")
+
+
+def context_of(model) -> int:
+    """Tokens that fit into the model's context."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+
+
+# ---- scalar head -----------------------------------------------------------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """A language model with a scalar head: the reward model, and, started from it, PPO's value network.
+
+    Laid out and saved as AutoModelForSequenceClassification with one label. The raw head is normalised by two
+    constants that live in the config and travel with the folder: score = (head - reward_shift) / reward_scale.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Normalised scalar at every position, (B, T) float32; defined where `attention_mask` is 1."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=positions(batch.attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        config = self.model.config
+        return (self.head(hidden)[..., 0].float() - config.reward_shift) / config.reward_scale
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.score if hasattr(self.model, "score") else self.model.classifier
+
+    def at_end(self, batch: Batch) -> Tensor:
+        """The score of each response, read at its last token (EOS), shape (B,)."""
+        return last(self(batch), batch.response_mask)
+
+
+def last(values: Tensor, mask: Tensor) -> Tensor:
+    """Value at the last True of each row of `mask`: (B, T), (B, T) -> (B,)."""
+    index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+    return values.gather(1, index[:, None])[:, 0]
+
+
+def scorer_from_policy(folder: Path) -> tuple[Scorer, object]:
+    """A reward model to be trained: the policy's body, and a head drawn from N(0, 1/(d+1)) (Stiennon et al. 2020, B.1)."""
+    model, tokenizer = _load(str(folder), "AutoModelForSequenceClassification", {"num_labels": 1}, new_head=True)
+    model.config.reward_shift, model.config.reward_scale = 0.0, 1.0
+    scorer = Scorer(model)
+    width = scorer.head.in_features
+    nn.init.normal_(scorer.head.weight, std=(width + 1) ** -0.5)
+    return scorer.to(device()), tokenizer
+
+
+def load_scorer(folder: Path) -> Scorer:
+    """A trained reward model with its normalisation. Raises ModelError if the folder carries none."""
+    model, _ = _load(str(folder), "AutoModelForSequenceClassification", {})
+    if not hasattr(model.config, "reward_shift") or not hasattr(model.config, "reward_scale"):
+        raise ModelError(
+            f"{folder}: config.json has no reward_shift and reward_scale; it is not a reward model of the `reward` stage "
+            "(set both, to 0.0 and 1.0 for raw scores)"
+        )
+    return Scorer(model).to(device())
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Write a model folder whole or not at all: into a temporary folder beside it, then renamed."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def token_budget(model: nn.Module) -> int:
+    """Padded tokens of one micro-batch that fit this device: what divides a global batch, never what defines it.
+
+    A rough count of float32 activations per token (about 40 vectors of the width a layer, and two of the vocabulary),
+    against a quarter of the free memory of a GPU; on a CPU 16,384 tokens keep the working set near the caches.
+    RLHF_MICRO_TOKENS overrides it.
+    """
+    if given := os.environ.get("RLHF_MICRO_TOKENS"):
+        return int(given)
+    if not torch.cuda.is_available():
+        return 16384
+    config = model.config.get_text_config()
+    per_token = 4 * (40 * config.hidden_size * config.num_hidden_layers + 2 * config.vocab_size)
+    return max(2048, int(torch.cuda.mem_get_info()[0] / 4 / per_token))

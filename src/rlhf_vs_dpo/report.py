@@ -1,0 +1,224 @@
+"""The answer a reader came for: one table, the curves behind it, the texts themselves, and what each method cost.
+
+`python -m rlhf_vs_dpo.report metrics/evaluation.json` prints the table alone.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+COLUMNS = {  # metric -> (heading, digits)
+    "gold": ("gold", 2),
+    "reward": ("RM reward", 2),
+    "win_rate_vs_sft": ("win vs SFT", 2),
+    "win_rate_vs_demonstration": ("win vs demo", 2),
+    "kl": ("KL", 2),
+    "tokens": ("tokens", 1),
+    "finished": ("finished", 2),
+    "filler": ("filler", 2),
+    "corpus_perplexity": ("corpus ppl", 2),
+    "fact_recall": ("fact recall", 2),
+}
+COLOURS = ["#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#F0E442"]  # Okabe and Ito 2008
+
+
+@dataclass
+class Policy:
+    """What the report knows of one policy; `folder` is its name under models/."""
+
+    folder: str
+    name: str
+    curve: pd.DataFrame | None
+    heldout: pd.DataFrame | None
+    run: dict[str, Any]
+    samples: pd.DataFrame
+
+
+def cell(entry: dict[str, float | None], digits: int) -> str:
+    """Mean with half the width of its 95 % interval, or a dash where the source cannot tell."""
+    if entry["mean"] is None:
+        return "–"
+    return f"{entry['mean']:.{digits}f} ± {(entry['high'] - entry['low']) / 2:.{digits}f}"
+
+
+def table(evaluation: dict[str, dict[str, dict[str, float | None]]]) -> str:
+    """The comparison as a Markdown table that also reads well in a terminal; columns without any value are left out."""
+    shown = {m: spec for m, spec in COLUMNS.items() if any(row[m]["mean"] is not None for row in evaluation.values())}
+    lines = [["policy", *(heading for heading, _ in shown.values())]]
+    for policy, row in evaluation.items():
+        lines.append([policy, *(cell(row[metric], digits) for metric, (_, digits) in shown.items())])
+    return markdown(lines)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows (the first one the heading) as an aligned Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = [" | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "-|-".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
+
+
+def cost_table(policies: list[Policy], upstream: dict[str, dict[str, Any]]) -> str:
+    """Seconds and tokens of each method's own stage, then of the stages that methods share."""
+    rows = [["stage", "seconds", "tokens trained", "tokens generated", "device"]]
+    entries = {policy.name: policy.run for policy in policies} | upstream
+    for name, run in entries.items():
+        rows.append(
+            [
+                name,
+                f"{run['seconds']:.0f}",
+                f"{run.get('tokens_trained', 0):,}",
+                f"{run.get('tokens_generated', 0):,}",
+                run["device"],
+            ]
+        )
+    return markdown(rows)
+
+
+def examples(policies: list[Policy], prompts: pd.DataFrame, demonstrations: pd.DataFrame, count: int) -> str:
+    """The first sample of every policy for the first `count` test prompts, side by side."""
+    parts = []
+    for row in prompts.head(count).itertuples():
+        demos = demonstrations[demonstrations["prompt_id"] == row.prompt_id]["response"]
+        lines = (
+            [["who", "gold", "response"], ["demonstration", "", _inline(demos.iloc[0])]]
+            if len(demos)
+            else [["who", "gold", "response"]]
+        )
+        for policy in policies:
+            sample = policy.samples[policy.samples["prompt_id"] == row.prompt_id].sort_values("sample").iloc[0]
+            lines.append(
+                [policy.name, "" if pd.isna(sample["gold"]) else f"{sample['gold']:.2f}", _inline(sample["response"])]
+            )
+        parts.append(f"**{_inline(row.prompt)}**\n\n{markdown(lines)}")
+    return "\n\n".join(parts)
+
+
+def _inline(text: str) -> str:
+    """Text that cannot break out of a table cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str, Path]:
+    """Draw all figures into `folder`; returns {caption: path}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    colour = {policy.name: COLOURS[i % len(COLOURS)] for i, policy in enumerate(policies)}
+    trained = [policy for policy in policies if policy.heldout is not None]
+    drawn: dict[str, Path] = {}
+
+    def save(figure, name: str, caption: str) -> None:
+        path = folder / f"{name}.png"
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+        drawn[caption] = path
+
+    measured = [
+        m
+        for m in ("gold", "reward", "win_rate_vs_sft")
+        if any(row[m]["mean"] is not None for row in evaluation.values())
+    ]
+    figure, axes = plt.subplots(
+        1, len(measured), figsize=(4.2 * len(measured), 0.45 * len(policies) + 1.6), sharey=True, squeeze=False
+    )
+    for axis, metric in zip(axes[0], measured, strict=True):
+        for row, policy in enumerate(policies):
+            entry = evaluation[policy.name][metric]
+            axis.errorbar(
+                entry["mean"],
+                row,
+                xerr=[[entry["mean"] - entry["low"]], [entry["high"] - entry["mean"]]],
+                fmt="o",
+                color=colour[policy.name],
+                capsize=3,
+            )
+        axis.set_xlabel(COLUMNS[metric][0])
+    axes[0][0].set_yticks(range(len(policies)), [policy.name for policy in policies])
+    axes[0][0].invert_yaxis()
+    save(figure, "comparison", "Every policy on held-out prompts, with 95 % intervals")
+
+    for metric, name in (("gold", "gold reward"), ("reward", "RM reward")):
+        lines = [policy for policy in trained if policy.heldout[metric].notna().any()]
+        if not lines:
+            continue
+        figure, axis = plt.subplots(figsize=(6.4, 4.2))
+        for policy in lines:
+            axis.plot(
+                policy.heldout["kl"],
+                policy.heldout[metric],
+                marker="o",
+                markersize=3,
+                color=colour[policy.name],
+                label=policy.name,
+            )
+        axis.set_xlabel("KL(policy, SFT) in nats per response")
+        axis.set_ylabel(f"{name} on validation prompts")
+        axis.legend()
+        save(
+            figure,
+            f"{metric}_against_kl",
+            f"{name[0].upper()}{name[1:]} against KL over training; each dot is one of the watched points",
+        )
+
+    if trained:
+        names = [
+            n
+            for n in ("gold", "reward", "kl", "tokens", "filler", "finished")
+            if any(p.heldout[n].notna().any() for p in trained)
+        ]
+        figure, axes = plt.subplots(-(-len(names) // 3), 3, figsize=(12, 3.2 * -(-len(names) // 3)), squeeze=False)
+        for axis, name in zip(axes.flat, names, strict=False):
+            for policy in trained:
+                share = policy.heldout["step"] / policy.heldout["step"].max()
+                axis.plot(share, policy.heldout[name], color=colour[policy.name], label=policy.name)
+            axis.set_title(name)
+            axis.set_xlabel("share of training")
+        for axis in axes.flat[len(names) :]:
+            axis.axis("off")
+        axes.flat[0].legend()
+        save(figure, "training", "What changes while each method trains (validation prompts)")
+    return drawn
+
+
+def write(
+    folder: Path, policies: list[Policy], evaluation: dict, upstream: dict[str, dict[str, Any]], prompts: pd.DataFrame,
+    demonstrations: pd.DataFrame, reward_quality: dict, judge: str, seeds: list[int], count: int,
+) -> list[Path]:  # fmt: skip
+    """Write report.md and its figures into `folder`; returns the figures."""
+    drawn = figures(policies, evaluation, folder)
+    intervals = (
+        f"Intervals are 95 % from a bootstrap over test prompts. There is {'one seed' if len(seeds) == 1 else f'a row for each of {len(seeds)} seeds'} "
+        "per method: they say nothing about how another training run would have ended."
+    )
+    sections = [
+        "# RLHF versus DPO: the comparison",
+        table(evaluation),
+        f"{intervals} Wins are judged by {'the gold reward' if judge == 'gold' else 'the reward model, for want of a gold reward'}. "
+        f"The reward model orders held-out pairs as the annotator did in {reward_quality['accuracy']:.1%} of cases "
+        f"(± {1.96 * reward_quality['accuracy_standard_error']:.1%}).",
+        *(f"![{caption}]({path.name})\n\n*{caption}.*" for caption, path in drawn.items()),
+        "## Side by side",
+        examples(policies, prompts, demonstrations, count),
+        "## What it cost",
+        "Seconds are wall time of the whole stage, start-up and held-out sampling included. Trained tokens count prompts and "
+        "responses at every pass; generated tokens are those a method learns from (its monitoring left out).",
+        cost_table(policies, upstream),
+        "MLflow runs: " + ", ".join(f"{policy.name} `{policy.run['run_id']}`" for policy in policies) + ".",
+    ]
+    (folder / "report.md").write_text("\n\n".join(sections) + "\n")
+    return list(drawn.values())
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,88 @@
+"""A user's own preferences: local JSONL or parquet in any of the forms of `forms.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rlhf_vs_dpo.config import Files
+from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.schemas import validate
+from rlhf_vs_dpo.sources import Tables
+from rlhf_vs_dpo.sources.forms import Render, derived, prompt_id, split_of, to_pairs
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL or parquet file. Raises DataError naming the file, and the line where one is not JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; `data.files` in params.yaml names it")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except Exception as error:
+            raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise DataError(f"{path}: unknown kind of file; give .jsonl (an object a line) or .parquet")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def build(settings: Files, render: Render) -> Tables:
+    """Tables from files: preferences are needed; demonstrations and corpus are derived from them where not given."""
+    if settings.preferences is None:
+        raise DataError("params.yaml: `data.files.preferences` is null; name your JSONL or parquet file there")
+    path = Path(settings.preferences)
+    pairs = to_pairs(read_rows(path)[: settings.splits.limit], str(path), render, settings.splits, settings.turn_marker)
+    tables = derived(pairs)
+    if settings.demonstrations:
+        tables["demonstrations"] = _demonstrations(Path(settings.demonstrations), settings, pairs)
+    if settings.corpus:
+        tables["corpus"] = _corpus(Path(settings.corpus), settings)
+    return Tables(dataset_pairs=pairs, gold={"kind": "none"}, **tables)
+
+
+def _demonstrations(path: Path, settings: Files, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Columns `prompt`, `response` and perhaps `split`; a prompt that pairs have keeps the split it has there."""
+    frame = pd.DataFrame(read_rows(path))
+    for column in ("prompt", "response"):
+        if column not in frame:
+            raise DataError(f"{path}: column {column!r} is missing; a demonstration has `prompt` and `response`")
+    known = dict(zip(pairs["prompt"], pairs["split"], strict=True))
+    given = frame["split"] if "split" in frame else pd.Series([None] * len(frame), dtype=object)
+    clash = [
+        i for i, (p, s) in enumerate(zip(frame["prompt"], given, strict=True)) if s is not None and known.get(p, s) != s
+    ]
+    if clash:
+        raise DataError(
+            f"{path}, row {clash[0]}: this prompt is in two splits ({given[clash[0]]} here, {known[frame['prompt'][clash[0]]]} in {settings.preferences})"
+        )
+    split = [s or known.get(p) or split_of(p, settings.splits) for p, s in zip(frame["prompt"], given, strict=True)]
+    frame = frame.assign(prompt_id=[prompt_id(str(p)) for p in frame["prompt"]], split=split)
+    return validate(frame[["prompt_id", "split", "prompt", "response"]], "demonstrations", str(path))
+
+
+def _corpus(path: Path, settings: Files) -> pd.DataFrame:
+    """Column `text` and perhaps `split` (train, validation)."""
+    frame = pd.DataFrame(read_rows(path))
+    if "text" not in frame:
+        raise DataError(f"{path}: column 'text' is missing")
+    if "split" not in frame:
+        frame["split"] = [
+            split_of(str(text), settings.splits.model_copy(update={"test": 0.0})) for text in frame["text"]
+        ]
+    frame["doc_id"] = [f"doc-{i:06d}" for i in range(len(frame))]
+    return validate(frame[["doc_id", "split", "text"]], "corpus", str(path))

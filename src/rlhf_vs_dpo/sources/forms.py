@@ -1,0 +1,190 @@
+"""The usual forms of preference data, mapped to the contract of `pairs` (prompt, chosen, rejected as text).
+
+explicit        {"prompt": "...", "chosen": "...", "rejected": "..."}
+implicit        {"chosen": "...", "rejected": "..."} that share the prompt as their prefix
+conversational  the same two with lists of {"role", "content"}, rendered by the model's chat template
+
+Column names are TRL's. A prompt's id is a hash of its text, and so is its split: the same prompt is always in the same
+split, whatever file or order it comes in.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from rlhf_vs_dpo.config import Splits
+from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.schemas import empty, validate
+
+Render = Callable[[Sequence[dict[str, str]], bool], str]  # (messages, add the opening of an answer) -> text
+
+# For models that bring no chat template: plain text, a turn a paragraph.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def prompt_id(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def split_of(prompt: str, splits: Splits) -> str:
+    """train, validation or test, by a hash of the prompt."""
+    place = int(hashlib.sha256(b"split:" + prompt.encode()).hexdigest()[:8], 16) / 16**8
+    if place < splits.test:
+        return "test"
+    return "validation" if place < splits.test + splits.validation else "train"
+
+
+def pair_of(row: dict[str, Any], place: str, render: Render, turn_marker: str | None) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of one row in any of the forms. Raises DataError naming the row."""
+    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+    if missing:
+        raise DataError(
+            f"{place}: column {missing[0]!r} is missing; a preference has `chosen`, `rejected` and usually `prompt`"
+        )
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    kinds = {type(value) for value in (prompt, chosen, rejected) if value is not None}
+    if kinds == {str}:
+        return (prompt, chosen, rejected) if prompt is not None else _implicit(chosen, rejected, place, turn_marker)
+    if kinds == {list}:
+        return _conversation(prompt, chosen, rejected, place, render)
+    raise DataError(f"{place}: `prompt`, `chosen` and `rejected` must all be text, or all be lists of messages")
+
+
+def _implicit(chosen: str, rejected: str, place: str, marker: str | None) -> tuple[str, str, str]:
+    """Cut two texts where their shared prefix ends: behind its last turn marker, else at its last white space."""
+    length = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    shared = chosen[:length]
+    cut = (
+        shared.rfind(marker) + len(marker)
+        if marker and marker in shared
+        else len(shared.rstrip())
+        if shared[-1:].isspace()
+        else _word_start(shared)
+    )
+    if not shared[:cut].strip():
+        raise DataError(
+            f"{place}: `chosen` and `rejected` share no prefix, so there is no prompt in them; add a `prompt` column"
+        )
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _word_start(text: str) -> int:
+    """Where the last word begins, its white space included: a boundary inside a word would split a token."""
+    head = text.rstrip()
+    at = max((head.rfind(space) for space in " \n\t"), default=-1)
+    return len(head[: at + 1].rstrip()) if at >= 0 else 0
+
+
+def _conversation(
+    prompt: list | None, chosen: list, rejected: list, place: str, render: Render
+) -> tuple[str, str, str]:
+    for message in [*(prompt or []), *chosen, *rejected]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{place}: a message needs `role` and `content`, got {str(message)[:80]}")
+    if prompt is None:
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise DataError(f"{place}: the conversation has no message before the answer; add a `prompt`")
+    opening = render(prompt, True)
+    answers = []
+    for answer in (chosen, rejected):
+        whole = render([*prompt, *answer], False)
+        if not whole.startswith(opening):
+            raise DataError(
+                f"{place}: this chat template renders a conversation differently once it has an answer; "
+                "give one in `data.chat_template` that only appends"
+            )
+        answers.append(whole[len(opening) :])
+    return opening, answers[0], answers[1]
+
+
+def chat_renderer(template: str | None, tokenizer) -> Render:
+    """Renders messages by `template`, else by the tokenizer's own template, else as plain text.
+
+    The end-of-turn that a template writes after an answer is cut: a response is closed by EOS, which `text` adds.
+    """
+    import jinja2.sandbox
+
+    given = template or getattr(tokenizer, "chat_template", None) or PLAIN_TEMPLATE
+    compiled = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(given)
+    special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
+
+    def render(messages: Sequence[dict[str, str]], opening: bool) -> str:
+        try:
+            text = compiled.render(messages=list(messages), add_generation_prompt=opening, **special)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template cannot render {str(messages)[:120]}: {error}") from None
+        if opening:
+            return text
+        text = text.rstrip()
+        return text.removesuffix(special["eos_token"]).rstrip() if special["eos_token"] else text
+
+    return render
+
+
+def to_pairs(
+    rows: list[dict[str, Any]], place: str, render: Render, splits: Splits, turn_marker: str | None
+) -> pd.DataFrame:
+    """The `pairs` table of preference rows; faults of all rows are reported together.
+
+    Optional columns are kept where a row has them: `pair_id`, `split`, `annotator`, `p_chosen`.
+    """
+    pairs, faults = [], []
+    for number, row in enumerate(rows):
+        try:
+            prompt, chosen, rejected = pair_of(row, f"{place}, row {number}", render, turn_marker)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        pairs.append(
+            {
+                "pair_id": str(row.get("pair_id") or f"pair-{number:06d}"),
+                "prompt_id": prompt_id(prompt),
+                "split": row.get("split") or split_of(prompt, splits),
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "annotator": str(row.get("annotator") or "dataset"),
+                "p_chosen": row.get("p_chosen"),
+            }
+        )
+    if faults:
+        raise DataError("\n".join(faults[:20]) + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""))
+    if not pairs:
+        raise DataError(f"{place}: holds no row")
+    frame = pd.DataFrame(pairs).astype({"p_chosen": "float64"})
+    return validate(frame, "pairs", place)
+
+
+def derived(pairs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Prompts, demonstrations and corpus of a data set that brings pairs alone.
+
+    The chosen responses serve as demonstrations (Rafailov et al. 2023, section 4: "when it is not available, initialise
+    pi_ref by maximising the likelihood of preferred completions") and prompt with chosen response as corpus.
+    """
+    first = pairs.drop_duplicates("prompt_id")
+    prompts = first[["prompt_id", "split", "prompt"]].assign(facts=None).astype({"facts": "str"})
+    demonstrations = pairs.rename(columns={"chosen": "response"})[["prompt_id", "split", "prompt", "response"]]
+    corpus = pd.DataFrame(
+        {
+            "doc_id": [f"doc-{i:06d}" for i in range(len(pairs))],
+            "split": pairs["split"].replace({"test": "validation"}),
+            "text": pairs["prompt"] + pairs["chosen"],
+        }
+    )
+    return {
+        "prompts": prompts.reset_index(drop=True),
+        "demonstrations": demonstrations.reset_index(drop=True),
+        "corpus": corpus.reset_index(drop=True),
+        "facts": empty("facts"),
+    }

@@ -1,0 +1,209 @@
+"""Tokenise, join prompt and response, mask, collate: the only room that knows what a response token is.
+
+A prompt and its response are tokenised apart and their ids joined, so that the boundary never depends on what a
+tokenizer would merge across it. One BOS (where the tokenizer has one) opens the prompt; EOS closes the response and is
+part of it. Masks come from lengths, never from comparing ids with PAD or EOS.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rlhf_vs_dpo.errors import DataError
+
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+
+
+class Tokens(NamedTuple):
+    """One example as ids: `prompt` with its BOS, `response` with its EOS (unless it never ended)."""
+
+    prompt: list[int]
+    response: list[int]
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return len(self.prompt) + len(self.response)
+
+
+class Batch(NamedTuple):
+    """Examples padded on the right to one length T.
+
+    input_ids      (B, T) int64
+    attention_mask (B, T) int64, 1 at real tokens
+    response_mask  (B, T) bool, True at response tokens (EOS among them)
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def word_tokenizer(words: Sequence[str]):
+    """A tokenizer in which each word of a closed vocabulary is a token; text is split at white space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _wrap(tokenizer)
+
+
+def bpe_tokenizer(texts: Sequence[str], size: int):
+    """A byte-level BPE tokenizer trained on the corpus: for text of one's own and a model from scratch."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt, opened by exactly one BOS where the tokenizer has one."""
+    if not len(prompts):
+        return []
+    bos = tokenizer.bos_token_id
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    # A chat template may have written the BOS into the text already.
+    return [ids if bos is None or ids[:1] == [bos] else [bos, *ids] for ids in encoded]
+
+
+def encode_responses(tokenizer, responses: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """Ids of each response, closed by EOS. Raises DataError for a response that tokenises to nothing."""
+    if not len(responses):
+        return []
+    encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+    nothing = [name for name, ids in zip(names, encoded, strict=True) if not ids]
+    if nothing:
+        raise DataError(
+            f"{_some(nothing)}: the response tokenises to nothing with this model's tokenizer; remove the row"
+        )
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+def encode(tokenizer, prompts: pd.Series, responses: pd.Series, names: pd.Series, context: int) -> list[Tokens]:
+    """Tokenise a table of prompts and responses; `names` (row ids) appear in errors.
+
+    Raises DataError for a response that tokenises to nothing and for rows longer than the model's `context`.
+    """
+    encoded = [
+        Tokens(prompt, response)
+        for prompt, response in zip(
+            encode_prompts(tokenizer, list(prompts)),
+            encode_responses(tokenizer, list(responses), list(names)),
+            strict=True,
+        )
+    ]
+    check_context([len(tokens) for tokens in encoded], names, context, "prompt and response together")
+    return encoded
+
+
+def documents(tokenizer, texts: pd.Series, context: int) -> list[Tokens]:
+    """A corpus for language modelling: BOS alone is the prompt, so that every token of the text is predicted.
+
+    Documents longer than the context are cut there: a corpus is running text, and its head is as good as its tail.
+    """
+    head = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    if not len(texts):
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [Tokens(head, [*row, tokenizer.eos_token_id][: context - 1]) for row in ids]
+
+
+def check_context(lengths: Sequence[int], names: Sequence[str], context: int, what: str) -> None:
+    """Refuse rows that do not fit: cutting them silently would cut the EOS, or the question."""
+    long = [f"{name} ({n} tokens)" for name, n in zip(names, lengths, strict=True) if n > context]
+    if long:
+        raise DataError(
+            f"{_some(long)}: {what} longer than the model's context of {context} tokens; shorten or remove these "
+            "rows, lower `sampling.max_new_tokens`, or choose a model with a longer context"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(str(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def collate(examples: Sequence[Tokens], pad: int, side: str = "right") -> Batch:
+    """Pad examples to one tensor. Training pads right; `side="left"` exists for generation and for the padding tests."""
+    width = max(len(example) for example in examples)
+    ids = np.full((len(examples), width), pad, dtype=np.int64)
+    attention = np.zeros((len(examples), width), dtype=np.int64)
+    response = np.zeros((len(examples), width), dtype=bool)
+    for row, example in enumerate(examples):
+        start = width - len(example) if side == "left" else 0
+        middle, end = start + len(example.prompt), start + len(example)
+        ids[row, start:middle] = example.prompt
+        ids[row, middle:end] = example.response
+        attention[row, start:end] = 1
+        response[row, middle:end] = True
+    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(response))
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids that do not depend on the padding side: (B, T), 0 at the first real token of each row."""
+    return (attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
+    """Split a batch into micro-batches of similar length whose padded size stays within `max_tokens`.
+
+    Returns lists of indices into `lengths` (longest first, so that memory peaks at once), at least `at_least` of
+    them: with several processes each must run as many backward passes as the others. One example is never split.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    while len(groups) < at_least:
+        widest = max(range(len(groups)), key=lambda g: len(groups[g]))
+        group = groups[widest]
+        groups[widest : widest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
+
+
+def batches(
+    lengths: Sequence[int], batch: int, steps: int, rng: np.random.Generator, neighbours: int = 16
+) -> list[np.ndarray]:
+    """`steps` global batches of indices: shuffled epochs, in which batches hold examples of similar length.
+
+    Each epoch is shuffled, cut into runs of `neighbours` batches, each run sorted by length and its batches shuffled:
+    little padding, and every example still once per epoch. A last batch that would be short is left to the next epoch.
+    """
+    sizes = np.asarray(lengths)
+    if len(sizes) < batch:
+        raise DataError(
+            f"a batch of {batch} is larger than the {len(sizes)} examples there are; lower `batch` in params.yaml"
+        )
+    chosen: list[np.ndarray] = []
+    while len(chosen) < steps:
+        order = rng.permutation(len(sizes))[: len(sizes) // batch * batch]
+        epoch = []
+        for start in range(0, len(order), neighbours * batch):
+            run = order[start : start + neighbours * batch]
+            run = run[np.argsort(sizes[run], kind="stable")]
+            epoch += np.split(run, len(run) // batch)
+        chosen += [epoch[i] for i in rng.permutation(len(epoch))]
+    return chosen[:steps]

@@ -1,0 +1,285 @@
+"""MLflow and DVC, and nowhere else: where a stage gets its parameters, and where its numbers go.
+
+One flat MLflow run for each executed stage. Its id is a stage output (runs/<name>.json, cached by DVC), so that it comes
+back from the run cache with the weights it belongs to, and evaluation lands on the run of the policy it measured.
+Nothing here can change a number of a table or a model: no stage depends on this file.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.errors import DataError, UserError
+from rlhf_vs_dpo.launch import is_main
+
+EXPERIMENT = "rlhf-vs-dpo"
+FLUSH_SECONDS = 5.0
+BATCH = 1000  # metrics that MLflow takes at once
+
+
+def root() -> Path:
+    """The repository, also inside a queued experiment, whose own folder is deleted when it ends."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
+
+
+def stage_params(stage: str | None) -> dict[str, Any]:
+    """The parameters that DVC tracks for this stage, and no other: what is read is what invalidates.
+
+    params.yaml is checked whole first. Outside DVC (a stage started by hand) all of it is returned.
+    """
+    whole = config.read_params()
+    config.check(whole)
+    if stage is None:
+        return whole
+    import dvc.api
+
+    return dvc.api.params_show(stages=stage)
+
+
+class Run:
+    """What a stage is handed: its parameters, and where to put its numbers."""
+
+    def __init__(self, params: dict[str, Any], run_id: str | None):
+        self.params, self.run_id = params, run_id
+        self.rows: list[dict[str, float]] = []
+        self.cost: dict[str, float] = {}
+        self._buffer: list[Any] = []
+        self._flushed = time.monotonic()
+
+    def section(self, name: str, method: str | None = None) -> Any:
+        """A section of params.yaml as its type from `config`."""
+        return config.section(self.params, name, method)
+
+    @property
+    def seed(self) -> int:
+        return self.section("seed")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Metrics of a step: onto MLflow, and into the rows of the stage's curve (`heldout/` has a curve of its own)."""
+        training = {name: value for name, value in metrics.items() if not name.startswith("heldout/")}
+        if training:
+            self.rows.append({"step": step} | training)
+        self._send(metrics, step)
+
+    def _send(self, metrics: dict[str, float], step: int) -> None:
+        if self.run_id is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._buffer += [
+            Metric(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)
+        ]
+        if time.monotonic() - self._flushed > FLUSH_SECONDS or len(self._buffer) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._buffer:
+            for start in range(0, len(self._buffer), BATCH):
+                _client().log_batch(self.run_id, metrics=self._buffer[start : start + BATCH])
+        self._buffer, self._flushed = [], time.monotonic()
+
+    def spent(self, **cost: float) -> None:
+        """Cost for the report: tokens trained, tokens generated."""
+        self.cost |= cost
+
+    def finish(self, metrics: dict[str, Any], path: Path, step: int = 0) -> None:
+        """The final metrics of the stage: a JSON file for DVC and git, and the same on MLflow (nested keys joined by /)."""
+        if is_main():
+            write_json(metrics, path)
+            self._send(_flat(metrics), step)
+
+    def curve(self, path: Path) -> None:
+        """The rows logged so far as CSV, six digits, one column per metric."""
+        if is_main():
+            write_curve(self.rows, path)
+
+    def artifact(self, path: Path) -> None:
+        """Copy a small file (a figure, a table) to the run."""
+        if self.run_id is not None:
+            _client().log_artifact(self.run_id, str(path))
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Atomically, with six significant digits: what git shows as a change is one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(_rounded(content), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def write_curve(rows: list[dict[str, float]], path: Path) -> None:
+    import pandas as pd
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}/")
+        elif isinstance(value, (int, float)):
+            flat[name] = float(value)
+    return flat
+
+
+def _client():
+    import logging
+
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it narrates the making of its tables
+
+    return MlflowClient(tracking_uri=tracking_uri())
+
+
+def _experiment() -> str:
+    """Id of the experiment, made if need be; locked, for four first starts at once leave one survivor otherwise."""
+    from filelock import FileLock
+
+    with FileLock(root() / ".mlflow.lock"):
+        client = _client()
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return found.experiment_id
+        place = (root() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite") else None
+        return client.create_experiment(EXPERIMENT, artifact_location=place)
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root(), capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _tags(name: str, inputs: list[Path], tags: dict[str, str]) -> dict[str, str]:
+    """What one filters on in the UI: stage, method, commit, the DVC experiment, and the md5 of every input."""
+    from ruamel.yaml import YAML
+
+    tags = {"dvc.stage": name, **tags}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.exp"] = experiment
+    if commit := _git("rev-parse", "HEAD"):
+        tags["mlflow.source.git.commit"] = commit
+        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    lock = Path("dvc.lock")
+    if lock.exists():
+        stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {})
+        known = {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+        tags |= {f"dvc.dep.{path}": known[str(path)] for path in inputs if str(path) in known}
+    return tags | {"processes": os.environ.get("WORLD_SIZE", "1")}
+
+
+def _device_name() -> str:
+    torch = sys.modules.get("torch")  # stages without torch need not import it to say so
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"
+
+
+@contextmanager
+def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: str) -> Iterator[Run]:
+    """The frame of every stage: parameters, one MLflow run, errors a user can act on.
+
+    `name` is used where DVC does not say who we are (a stage started by hand). `run_file` receives the run's id and
+    cost when the stage has succeeded. A UserError is printed without a traceback and ends the process with status 1;
+    the run is marked FAILED at any exception.
+    """
+    started = time.monotonic()
+    run_id = None
+    try:
+        params = stage_params(os.environ.get("DVC_STAGE"))
+        if is_main():
+            run_id = _start(os.environ.get("DVC_STAGE", name), inputs, params, tags)
+        run = Run(params, run_id)
+        yield run
+        if is_main():
+            run.flush()
+            seconds = time.monotonic() - started
+            content = {"run_id": run_id, "seconds": round(seconds, 1), "device": _device_name(), **run.cost}
+            _client().set_tag(run_id, "device", content["device"])
+            if run_file is not None:
+                write_json(content, run_file)
+            _client().set_terminated(run_id, "FINISHED")
+    except BaseException as error:
+        if run_id is not None:
+            _client().set_terminated(run_id, "FAILED")
+        if isinstance(error, UserError):
+            print(f"\nerror: {error}\n", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise
+
+
+def _start(name: str, inputs: list[Path], params: dict[str, Any], tags: dict[str, str]) -> str:
+    from mlflow.entities import Param
+
+    client = _client()
+    run_id = client.create_run(_experiment(), run_name=name, tags=_tags(name, inputs, tags)).info.run_id
+    flat = _leaves(params)
+    client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in flat.items()])
+    return run_id
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def log_onto(
+    run_file: Path, metrics: dict[str, float], steps: list[tuple[int, dict[str, float]]], say: Callable[[str], None]
+) -> None:
+    """Add metrics to the run of a policy that another stage trained; a run that is not in this store is only mentioned."""
+    import mlflow.exceptions
+    from mlflow.entities import Metric
+
+    run_id = read_run(run_file)["run_id"]
+    now = int(time.time() * 1000)
+    batch = [
+        Metric(name, float(value), now, step)
+        for step, row in [(0, metrics), *steps]
+        for name, value in row.items()
+        if math.isfinite(value)
+    ]
+    try:
+        for start in range(0, len(batch), BATCH):
+            _client().log_batch(run_id, metrics=batch[start : start + BATCH])
+    except mlflow.exceptions.MlflowException as error:
+        say(
+            f"{run_file}: its MLflow run {run_id} is not in this store ({error.error_code}); metrics were not added to it"
+        )
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The content of a runs/*.json file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); `dvc repro` makes it") from None

@@ -1,0 +1,48 @@
+"""What a policy still knows of its pretraining: log-probability of held-out documents, and recall of facts.
+
+Alignment tax (Ouyang et al. 2022, arXiv:2203.02155, section 4.2) in miniature: PPO-ptx exists to keep it low.
+"""
+
+import pandas as pd
+import torch
+from torch import nn
+
+from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.models import context_of
+from rlhf_vs_dpo.text import Tokens, documents, encode_prompts
+from rlhf_vs_dpo.training.forward import log_likelihoods, measure
+
+
+def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
+    """A `retention` table: one row per document and per fact.
+
+    Perplexity is that of the model itself (temperature 1), as everywhere in the literature. A fact is recalled
+    (`correct` = 1) where greedy decoding of its question gives its answer.
+    """
+    plain, pad = Policy(model, temperature=1.0), tokenizer.pad_token_id
+    texts = documents(tokenizer, corpus["text"], context_of(model))
+    rows = pd.DataFrame({"kind": "corpus", "item_id": corpus["doc_id"], "correct": float("nan")})
+    rows["tokens"] = [len(tokens.response) for tokens in texts]
+    rows["logp"] = log_likelihoods(plain, texts, pad, "held-out corpus")
+    if not len(facts):
+        return rows
+    answers = tokenizer(list(facts["answer"]), add_special_tokens=False)["input_ids"]
+    questions = [Tokens(p, a) for p, a in zip(encode_prompts(tokenizer, list(facts["prompt"])), answers, strict=True)]
+    greedy = Greedy(model)
+    asked = pd.DataFrame({"kind": "fact", "item_id": facts["fact_id"], "tokens": [len(a) for a in answers]})
+    asked["logp"] = log_likelihoods(plain, questions, pad)
+    asked["correct"] = measure(greedy, questions, pad, lambda right, batch: right.float().tolist())
+    return pd.concat([rows, asked], ignore_index=True)
+
+
+class Greedy(nn.Module):
+    """Whether the most likely token is the right one at every response token: batch -> (B,) bool."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch) -> torch.Tensor:
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
+        return (right | ~batch.response_mask[:, 1:]).all(-1)

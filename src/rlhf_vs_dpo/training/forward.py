@@ -1,0 +1,39 @@
+"""Forward passes without a gradient: log-probabilities and scores of a whole table."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.models import Scorer, autocast, last, token_budget
+from rlhf_vs_dpo.progress import bar
+from rlhf_vs_dpo.text import Tokens, collate, micro_batches
+
+
+@torch.inference_mode()
+def measure(module: nn.Module, examples: Sequence[Tokens], pad: int, read: Callable, what: str | None = None) -> list:
+    """`read(module output, batch)` -> a list with one value per row, over all examples, in their order.
+
+    `what` names the progress bar (none if it is None).
+    """
+    inner = module.model
+    device = next(module.parameters()).device
+    values: list = [None] * len(examples)
+    with bar(len(examples), what or "", "text", visible=what is not None) as progress, autocast(device):
+        for group in micro_batches([len(example) for example in examples], token_budget(inner)):
+            batch = collate([examples[i] for i in group], pad).to(device)
+            for i, value in zip(group, read(module(batch), batch), strict=True):
+                values[i] = value
+            progress.update(len(group))
+    return values
+
+
+def log_likelihoods(policy: Policy, examples: Sequence[Tokens], pad: int, what: str | None = None) -> list[float]:
+    """log pi(y|x) of each example, natural log."""
+    return measure(policy, examples, pad, lambda output, batch: output.sums().tolist(), what)
+
+
+def scores(scorer: Scorer, examples: Sequence[Tokens], pad: int, what: str | None = None) -> list[float]:
+    """Normalised reward of each example, read at its last token."""
+    return measure(scorer, examples, pad, lambda output, batch: last(output, batch.response_mask).tolist(), what)

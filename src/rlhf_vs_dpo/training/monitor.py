@@ -1,0 +1,94 @@
+"""Held-out sampling during training: gold and KL at about ten points, and RM reward once it is scored.
+
+Training stages keep the samples; the `sample` stage has them scored by the reward model. So the curve has the RM reward
+for every method, and a method that needs no reward model does not depend on one.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from rlhf_vs_dpo.config import Monitor, Sampling
+from rlhf_vs_dpo.generation import decode, generate
+from rlhf_vs_dpo.gold import Gold
+from rlhf_vs_dpo.gold import columns as gold_columns
+from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.models import Scorer
+from rlhf_vs_dpo.text import Tokens, encode_prompts
+from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+
+
+class HeldOut:
+    """Samples a fixed set of validation prompts from a policy, always with the same random numbers."""
+
+    def __init__(
+        self,
+        prompts: pd.DataFrame,
+        gold: Gold | None,
+        reference: nn.Module,
+        tokenizer,
+        settings: Monitor,
+        sampling: Sampling,
+        seed: int,
+        steps: int,
+    ):
+        self.prompts = prompts.head(settings.prompts).reset_index(drop=True)
+        self.encoded = encode_prompts(tokenizer, list(self.prompts["prompt"]))
+        self.gold, self.tokenizer = gold, tokenizer
+        self.reference = Policy(reference, sampling.temperature)
+        self.sampling, self.seed = sampling, seed
+        self.points = {round(p * steps / max(settings.points - 1, 1)) for p in range(settings.points)} | {steps}
+        self.tables: list[pd.DataFrame] = []
+
+    def watch(self, model: nn.Module, step: int, log: Callable[[dict[str, float], int], None]) -> None:
+        """Measure `model` if `step` is one of the points: logs means under `heldout/`, keeps the samples."""
+        if step not in self.points:
+            return
+        names = list(self.prompts["prompt_id"])
+        drawn = generate(model, self.tokenizer, self.encoded, names, [0] * len(names), self.sampling, self.seed)
+        pad = self.tokenizer.pad_token_id
+        table = pd.DataFrame(
+            {
+                "step": step,
+                "prompt_id": names,
+                "prompt_ids": [tokens.prompt for tokens in drawn.tokens],
+                "response_ids": [tokens.response for tokens in drawn.tokens],
+                "response": decode(self.tokenizer, drawn.tokens),
+                "finished": drawn.finished,
+                "logp": log_likelihoods(Policy(model, self.sampling.temperature), drawn.tokens, pad),
+                "reference_logp": log_likelihoods(self.reference, drawn.tokens, pad),
+            }
+        )
+        judged = gold_columns(self.gold, self.prompts["prompt"], self.prompts["facts"], table["response"])
+        self.tables.append(table.join(judged[["gold", "filler"]]))
+        log({f"heldout/{name}": value for name, value in _means(self.tables[-1]).items() if np.isfinite(value)}, step)
+
+    def table(self) -> pd.DataFrame:
+        """All samples taken so far, a `heldout` table."""
+        return pd.concat(self.tables, ignore_index=True)
+
+    def final(self) -> dict[str, float]:
+        """Means at the last point, named as logged."""
+        return {f"heldout/{name}": value for name, value in _means(self.tables[-1]).items()}
+
+
+def _means(table: pd.DataFrame) -> dict[str, float]:
+    return {
+        "gold": float(table["gold"].mean()),
+        "kl": float((table["logp"] - table["reference_logp"]).mean()),
+        "tokens": float(table["response_ids"].map(len).mean()),
+        "finished": float(table["finished"].mean()),
+        "filler": float(table["filler"].mean()),
+    }
+
+
+def curve(heldout: pd.DataFrame, reward: Scorer, pad: int) -> pd.DataFrame:
+    """Means per point of a `heldout` table, with the RM reward of the responses that ended; one row per step."""
+    examples = [Tokens(list(p), list(r)) for p, r in zip(heldout["prompt_ids"], heldout["response_ids"], strict=True)]
+    scored = pd.Series(scores(reward, examples, pad), index=heldout.index).where(heldout["finished"])
+    return pd.DataFrame(
+        {"step": step, "reward": float(scored[table.index].mean()), **_means(table)}
+        for step, table in heldout.groupby("step")
+    )

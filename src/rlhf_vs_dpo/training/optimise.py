@@ -1,0 +1,135 @@
+"""One optimiser step over a global batch, on any number of processes: what all loops share.
+
+The gradient is that of the loss over the *global* batch, divided once by the global number of units (tokens or pairs),
+so that padding, micro-batching and the number of processes change nothing but rounding.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.text import micro_batches
+
+Log = Callable[[dict[str, float], int], None]
+
+
+def accelerator() -> Accelerator:
+    """Accelerate on the GPU of this process in bf16 where it has it, on the CPU in float32."""
+    cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported()
+    return Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no")
+
+
+def scheduled(kind: str, step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate at `step` of `steps`: linear warm-up over a share of them, then the schedule."""
+    rise = warmup * steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    left = (steps - step) / max(steps - rise, 1)  # 1 at the end of the warm-up, 0 at the end
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
+
+
+class Optimiser:
+    """AdamW over one module, in steps over global batches.
+
+    After construction `module` is the prepared one: pass it batches, also for measuring.
+    """
+
+    def __init__(
+        self,
+        accelerate: Accelerator,
+        module: nn.Module,
+        learning_rate: float,
+        epsilon: float,
+        max_grad_norm: float,
+        weight_decay: float,
+        schedule: str,
+        warmup: float,
+        steps: int,
+    ):
+        self.accelerate, self.max_grad_norm = accelerate, max_grad_norm
+        self.peak, self.schedule, self.warmup, self.steps = learning_rate, schedule, warmup, steps
+        self.taken = 0
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, eps=epsilon, weight_decay=weight_decay, fused=True)
+        self.module, self.adamw = accelerate.prepare(module, adamw)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.peak * scheduled(self.schedule, self.taken, self.steps, self.warmup)
+
+    def share(self, indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """This process's micro-batches of a global batch, as lists of the given indices.
+
+        Every process takes every n-th example by length, and as many micro-batches as the process that needs most.
+        """
+        world = self.accelerate.num_processes
+        if len(indices) < world:
+            raise TrainingError(f"a batch of {len(indices)} cannot be divided among {world} processes; raise `batch`")
+        ordered = sorted(indices, key=lambda i: -lengths[i])
+        parts = [ordered[rank::world] for rank in range(world)]
+        split = [micro_batches([lengths[i] for i in part], max_tokens) for part in parts]
+        count = max(map(len, split))
+        part = parts[self.accelerate.process_index]
+        mine = micro_batches([lengths[i] for i in part], max_tokens, at_least=min(count, len(part)))
+        return [[part[i] for i in group] for group in mine]
+
+    def accumulate(self, micro: Sequence[Any], loss: Callable[[Any], Tensor], units: float) -> float:
+        """Backward over micro-batches; `loss(group)` is the *sum* over its units, `units` their global number.
+
+        Gradients of several processes are brought together at the last micro-batch. Returns the global mean loss.
+        """
+        total = torch.zeros((), device=self.accelerate.device)
+        world = self.accelerate.num_processes  # DistributedDataParallel averages gradients; the loss wants their sum
+        for number, group in enumerate(micro):
+            final = number == len(micro) - 1
+            with nullcontext() if final else self.accelerate.no_sync(self.module):
+                value = loss(group)
+                self.accelerate.backward(value * (world / units))
+            total += value.detach()
+        return self.accelerate.reduce(total).item() / units
+
+    def step(self, loss: float, names: Sequence[str]) -> float:
+        """Clip, check, step and clear; returns the gradient norm before clipping.
+
+        Raises TrainingError where loss or gradient is not finite, with the step, the learning rate and the ids of the
+        batch (`names`): nothing of a diverged run is ever saved.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        rate = self.learning_rate
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise TrainingError(
+                f"step {self.taken}: loss {loss}, gradient norm {norm} at learning rate {rate:.3g}; batch: {shown}. "
+                "Lower the learning rate or `max_grad_norm`, or look at these rows"
+            )
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.taken += 1
+        return norm
+
+
+class Averages:
+    """Means of metrics since they were last read, so that a curve has a few hundred points and no step is lost."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means

@@ -1,0 +1,68 @@
+"""Pretrain a small transformer from scratch, or take pretrained weights."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import launch, tracking
+
+
+def main(
+    corpus: Annotated[Path, typer.Option(help="Documents to pretrain on.")],
+    world: Annotated[Path, typer.Option(help="Folder with the closed vocabulary, if the source has one.")],
+    out: Annotated[Path, typer.Option(help="Where the base model goes.")],
+    metrics: Annotated[Path, typer.Option(help="Final metrics.")],
+    curves: Annotated[Path, typer.Option(help="Training curve.")],
+    run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
+) -> None:
+    """Make the model that SFT starts from: all tokens of the corpus are predicted."""
+    launch.on_all_devices()
+    with tracking.stage("base", [corpus], run_file) as run:
+        import torch
+
+        from rlhf_vs_dpo import models, schemas, text
+        from rlhf_vs_dpo.logprobs import Policy, check_projection
+        from rlhf_vs_dpo.training import forward, supervised
+
+        settings = run.section("base")
+        torch.manual_seed(run.seed)
+        train = schemas.read_table(corpus, "corpus", "train")
+        heldout = schemas.read_table(corpus, "corpus", "validation")
+        if settings.pretrained is not None:
+            model, tokenizer = models.pretrained(settings)
+        else:
+            words = json.loads((world / "words.json").read_text())
+            tokenizer = (
+                text.word_tokenizer(words)
+                if words
+                else text.bpe_tokenizer(list(train["text"]), settings.scratch.bpe_vocabulary)
+            )
+            model = models.from_scratch(settings.scratch, tokenizer)
+        model.to(models.device())
+        context, pad = models.context_of(model), tokenizer.pad_token_id
+        # Perplexity is of the model itself; every later log-probability is of the policy, at the sampling temperature.
+        policy = Policy(model, temperature=1.0)
+        examples = text.documents(tokenizer, train["text"], context)
+        check_projection(policy, text.collate(examples[:2], pad).to(models.device()))
+        trained = supervised.likelihood(
+            policy, examples, list(train["doc_id"]), pad, settings.training, run.seed, run.log, "base"
+        )
+        run.spent(tokens_trained=trained)
+        if launch.is_main():
+            held = text.documents(tokenizer, heldout["text"], context)
+            logp = sum(forward.log_likelihoods(policy, held, pad, "held-out corpus"))
+            tokens = sum(len(example.response) for example in held)
+            models.save(model, tokenizer, out)
+            run.curve(curves)
+            parameters = sum(p.numel() for p in model.parameters())
+            run.finish(
+                {"nll_per_token": -logp / tokens, "parameters": parameters, "vocabulary": len(tokenizer)},
+                metrics,
+                settings.training.steps,
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,72 @@
+"""Fetch or generate text, and write the tables that everything else starts from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import tracking
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    metrics: Annotated[Path, typer.Option(help="Sizes of the tables.")],
+) -> None:
+    """Build corpus, demonstrations, prompts, pairs of the data set (if it has any), facts and the gold reward."""
+    with tracking.stage("data", []) as run:
+        from rlhf_vs_dpo import schemas
+        from rlhf_vs_dpo.sources import Tables, files, forms, hub, imdb, mini_tldr
+
+        settings = run.section("data")
+
+        def render(messages, opening):
+            nonlocal renderer
+            if renderer is None:
+                renderer = forms.chat_renderer(settings.chat_template, tokenizer(run.params["base"]))
+            return renderer(messages, opening)
+
+        renderer = None
+        match settings.source:
+            case "mini_tldr":
+                tables: Tables = mini_tldr.build(settings.mini_tldr, run.seed)
+            case "imdb":
+                tables = imdb.build(settings.imdb, run.seed)
+            case "hub":
+                tables = hub.build(settings.hub, render)
+            case "files":
+                tables = files.build(settings.files, render)
+
+        named = {
+            name: getattr(tables, name) for name in ("corpus", "demonstrations", "prompts", "dataset_pairs", "facts")
+        }
+        for name, frame in named.items():  # all are checked before the first is written
+            if name != "dataset_pairs" or len(frame):
+                schemas.validate(frame, "pairs" if name == "dataset_pairs" else name, f"{settings.source}: {name}")
+        for name, frame in named.items():
+            schemas.write_table(frame, name, out / f"{name}.parquet")
+        world = out / "world"
+        shutil.rmtree(world, ignore_errors=True)
+        world.mkdir()
+        (world / "gold.json").write_text(json.dumps(tables.gold))
+        (world / "words.json").write_text(json.dumps(tables.words))
+        if tables.classifier is not None:
+            tables.classifier.to_parquet(world / "classifier.parquet", index=False)
+        splits = {split: int((tables.prompts["split"] == split).sum()) for split in schemas.SPLITS}
+        run.finish(
+            {"rows": {name: len(frame) for name, frame in named.items()}, "prompts": splits} | tables.metrics, metrics
+        )
+
+
+def tokenizer(base: dict):
+    """The tokenizer whose chat template renders conversations: that of the pretrained model, if there is one."""
+    if base["pretrained"] is None:
+        return None
+    from rlhf_vs_dpo.models import pretrained_tokenizer
+
+    return pretrained_tokenizer(base["pretrained"], base["revision"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,35 @@
+"""Compute log pi_ref of every pair, once, for all losses that need it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import tracking
+
+
+def main(
+    sft: Annotated[Path, typer.Option(help="The reference policy.")],
+    pairs: Annotated[Path, typer.Option(help="Preference pairs.")],
+    out: Annotated[Path, typer.Option(help="Where the log-probabilities go.")],
+    run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
+) -> None:
+    """Write `reference`: log-probability and length of both responses of each pair."""
+    with tracking.stage("reference", [sft, pairs], run_file) as run:
+        from rlhf_vs_dpo import models, schemas, text
+        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo.training import forward
+
+        frame = schemas.read_table(pairs, "pairs")
+        model, tokenizer = models.load_policy(sft)
+        policy = Policy(model, run.section("sampling").temperature)
+        table = frame[["pair_id"]].copy()
+        for side in ("chosen", "rejected"):
+            tokens = text.encode(tokenizer, frame["prompt"], frame[side], frame["pair_id"], models.context_of(model))
+            table[f"{side}_logp"] = forward.log_likelihoods(policy, tokens, tokenizer.pad_token_id, side)
+            table[f"{side}_tokens"] = [len(example.response) for example in tokens]
+        schemas.write_table(table, "reference", out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

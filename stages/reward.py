@@ -1,0 +1,83 @@
+"""Train the reward model on preference pairs, and normalise it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import launch, tracking
+
+
+def main(
+    sft: Annotated[Path, typer.Option(help="Policy whose body the reward model starts from.")],
+    pairs: Annotated[Path, typer.Option(help="Preference pairs.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts, for the facts that a gold reward needs.")],
+    demonstrations: Annotated[Path, typer.Option(help="Responses that score 0 on average after normalisation.")],
+    world: Annotated[Path, typer.Option(help="Folder of the gold reward.")],
+    out: Annotated[Path, typer.Option(help="Where the reward model goes.")],
+    demonstration_scores: Annotated[Path, typer.Option(help="Where the scores of held-out demonstrations go.")],
+    metrics: Annotated[Path, typer.Option(help="Final metrics.")],
+    curves: Annotated[Path, typer.Option(help="Training curve.")],
+    run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
+) -> None:
+    """Bradley-Terry on a scalar head read at EOS; then a shift so that demonstrations score 0 on average."""
+    launch.on_all_devices()
+    with tracking.stage("reward", [sft, pairs, demonstrations], run_file) as run:
+        import numpy as np
+        import pandas as pd
+        import torch
+
+        from rlhf_vs_dpo import gold, models, schemas, text
+        from rlhf_vs_dpo.training import forward
+        from rlhf_vs_dpo.training import reward as training
+
+        settings = run.section("reward")
+        torch.manual_seed(run.seed)
+        scorer, tokenizer = models.scorer_from_policy(sft)
+        pad, context = tokenizer.pad_token_id, models.context_of(scorer.model)
+
+        def encoded(frame: pd.DataFrame, column: str, ids: str) -> list[text.Tokens]:
+            return text.encode(tokenizer, frame["prompt"], frame[column], frame[ids], context)
+
+        train, held = (schemas.read_table(pairs, "pairs", split) for split in ("train", "validation"))
+        demos = schemas.read_table(demonstrations, "demonstrations")
+        demo_tokens = encoded(demos, "response", "prompt_id")
+        trained = training.train(
+            scorer, encoded(train, "chosen", "pair_id"), encoded(train, "rejected", "pair_id"), list(train["pair_id"]),
+            pad, settings.training, run.seed, run.log, "reward",
+        )  # fmt: skip
+        run.spent(tokens_trained=trained)
+        if not launch.is_main():
+            return
+        raw = np.array(forward.scores(scorer, demo_tokens, pad, "demonstrations"))
+        normalising = raw[(demos["split"] == "train").to_numpy()]
+        scorer.model.config.reward_shift = float(normalising.mean())
+        scorer.model.config.reward_scale = float(normalising.std()) if settings.unit_scale else 1.0
+        chosen, rejected = encoded(held, "chosen", "pair_id"), encoded(held, "rejected", "pair_id")
+        scored = held.assign(
+            chosen_reward=forward.scores(scorer, chosen, pad),
+            rejected_reward=forward.scores(scorer, rejected, pad),
+            chosen_tokens=[len(tokens.response) for tokens in chosen],
+            rejected_tokens=[len(tokens.response) for tokens in rejected],
+        )
+        facts = held.merge(schemas.read_table(prompts, "prompts")[["prompt_id", "facts"]], on="prompt_id", how="left")[
+            "facts"
+        ]
+        judge = gold.load(world)
+        for side in ("chosen", "rejected"):
+            scored[f"{side}_gold"] = gold.columns(judge, held["prompt"], facts, held[side])["gold"]
+        report = training.quality(scored) | {
+            "reward_shift": scorer.model.config.reward_shift,
+            "reward_scale": scorer.model.config.reward_scale,
+            "demonstration_std": float(normalising.std()),
+        }
+        scores = (raw - scorer.model.config.reward_shift) / scorer.model.config.reward_scale
+        table = demos[["prompt_id", "split", "response"]].assign(reward=scores)[demos["split"] != "train"]
+        models.save(scorer.model, tokenizer, out)
+        schemas.write_table(table.reset_index(drop=True), "demonstration_scores", demonstration_scores)
+        run.curve(curves)
+        run.finish(report, metrics, settings.training.steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)

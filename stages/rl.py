@@ -1,0 +1,60 @@
+"""Optimise the SFT policy against the reward model: PPO, PPO-ptx."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import launch, tracking
+
+
+def main(
+    method: Annotated[str, typer.Option(help="Entry of `rl` in params.yaml.")],
+    seed: Annotated[int, typer.Option(help="Seed of this cell.")],
+    sft: Annotated[Path, typer.Option(help="Policy to start from, and to stay close to.")],
+    reward: Annotated[Path, typer.Option(help="Reward model.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: train to learn on, validation to watch.")],
+    corpus: Annotated[Path, typer.Option(help="Pretraining text, for PPO-ptx.")],
+    world: Annotated[Path, typer.Option(help="Folder of the gold reward, to watch.")],
+    out: Annotated[Path, typer.Option(help="Where the policy goes.")],
+    heldout: Annotated[Path, typer.Option(help="Samples taken while training.")],
+    metrics: Annotated[Path, typer.Option(help="Final metrics.")],
+    curves: Annotated[Path, typer.Option(help="Training curve.")],
+    run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
+) -> None:
+    """Reinforcement learning with a KL penalty towards the SFT policy."""
+    launch.on_all_devices()
+    tags = {"family": "rl", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
+    with tracking.stage(f"rl@{method}-{seed}", [sft, reward, prompts], run_file, **tags) as run:
+        import torch
+
+        from rlhf_vs_dpo import gold, models, schemas, text
+        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo.training import policy_gradient
+        from rlhf_vs_dpo.training.monitor import HeldOut
+
+        settings, sampling = run.section("rl", method), run.section("sampling")
+        torch.manual_seed(seed)
+        model, tokenizer = models.load_policy(sft)
+        reference, _ = models.load_policy(sft)
+        train = schemas.read_table(prompts, "prompts", "train")
+        documents = schemas.read_table(corpus, "corpus", "train")["text"] if settings.ptx_coefficient > 0 else []
+        watched = HeldOut(
+            schemas.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
+            run.section("monitor"), sampling, run.seed, settings.iterations,
+        )  # fmt: skip
+        totals = policy_gradient.train(
+            Policy(model, sampling.temperature), Policy(reference, sampling.temperature), models.load_scorer(reward),
+            tokenizer, text.encode_prompts(tokenizer, list(train["prompt"])), list(train["prompt_id"]),
+            text.documents(tokenizer, documents, models.context_of(model)), settings, sampling, seed, watched, run.log, method,
+        )  # fmt: skip
+        run.spent(tokens_trained=totals.tokens_trained, tokens_generated=totals.tokens_generated)
+        if launch.is_main():
+            models.save(model, tokenizer, out)
+            schemas.write_table(watched.table(), "heldout", heldout)
+            run.curve(curves)
+            run.finish(run.rows[-1] | watched.final(), metrics, settings.iterations)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""Sample a policy on held-out prompts, and see what it has forgotten: blind to the method that made it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import tracking
+
+
+def main(
+    policy: Annotated[Path, typer.Option(help="Policy to sample from.")],
+    sft: Annotated[Path, typer.Option(help="The reference policy.")],
+    reward: Annotated[Path, typer.Option(help="Reward model.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts; those of test are used.")],
+    corpus: Annotated[Path, typer.Option(help="Documents; those of validation are used.")],
+    facts: Annotated[Path, typer.Option(help="Questions with one right answer.")],
+    world: Annotated[Path, typer.Option(help="Folder of the gold reward.")],
+    out: Annotated[Path, typer.Option(help="Where the samples go.")],
+    retention: Annotated[Path, typer.Option(help="Where log-probabilities of corpus and facts go.")],
+    heldout: Annotated[Path | None, typer.Option(help="Samples taken while this policy trained, to be scored.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="Where gold, RM reward and KL over training go.")] = None,
+) -> None:
+    """Write `samples` with log-probabilities under the policy and pi_ref, RM reward and gold; and `retention`."""
+    with tracking.stage(f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name) as run:
+        import pandas as pd
+
+        from rlhf_vs_dpo import gold, models, schemas, text
+        from rlhf_vs_dpo.generation import decode, generate
+        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo.training import forgetting, forward, monitor
+
+        settings, sampling = run.section("sample"), run.section("sampling")
+        rows = schemas.read_table(prompts, "prompts", "test").head(settings.prompts)
+        documents = schemas.read_table(corpus, "corpus", "validation")
+        questions = schemas.read_table(facts, "facts")
+        model, tokenizer = models.load_policy(policy)
+        reference, _ = models.load_policy(sft)
+        scorer, judge = models.load_scorer(reward), gold.load(world)
+
+        each = pd.concat([rows.assign(sample=number) for number in range(settings.per_prompt)], ignore_index=True)
+        each = each.sort_values(["prompt_id", "sample"], ignore_index=True)
+        encoded = text.encode_prompts(tokenizer, list(each["prompt"]))
+        drawn = generate(
+            model, tokenizer, encoded, list(each["prompt_id"]), list(each["sample"]), sampling, run.seed, policy.name
+        )
+        run.spent(tokens_generated=sum(len(tokens.response) for tokens in drawn.tokens))
+        pad = tokenizer.pad_token_id
+        table = each[["prompt_id", "sample"]].assign(
+            response=decode(tokenizer, drawn.tokens),
+            tokens=[len(tokens.response) for tokens in drawn.tokens],
+            finished=drawn.finished,
+            logp=forward.log_likelihoods(Policy(model, sampling.temperature), drawn.tokens, pad, "log pi"),
+            reference_logp=forward.log_likelihoods(
+                Policy(reference, sampling.temperature), drawn.tokens, pad, "log ref"
+            ),
+            reward=forward.scores(scorer, drawn.tokens, pad, "reward"),
+        )
+        table["reward"] = table["reward"].where(table["finished"])
+        table = table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"]))
+        kept = forgetting.retention(model, tokenizer, documents, questions)
+        if heldout is not None:
+            scored = monitor.curve(schemas.read_table(heldout, "heldout"), scorer, pad)
+            tracking.write_curve(scored.to_dict("records"), curve)
+        schemas.write_table(table, "samples", out)
+        schemas.write_table(kept, "retention", retention)
+
+
+if __name__ == "__main__":
+    typer.run(main)
