@@ -1,0 +1,56 @@
+"""Small real things that the tests share: a tokenizer, a model, tables."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+torch.set_num_threads(2)
+
+WORDS = "the a dog cat sat ran on mat rug and , . tl;dr :".split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from rlhf_vs_dpo.text import word_tokenizer
+
+    return word_tokenizer(WORDS)
+
+
+def small_model(tokenizer, seed: int = 0, scale: float = 3.0):
+    """A one-layer Llama whose weights are large enough for its distribution to be far from uniform."""
+    from rlhf_vs_dpo.config import Scratch
+    from rlhf_vs_dpo.models import from_scratch
+
+    torch.manual_seed(seed)
+    model = from_scratch(Scratch(layers=1, width=32, heads=2, feed_forward=48, context=64, bpe_vocabulary=300), tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return small_model(tokenizer)
+
+
+@pytest.fixture
+def examples(tokenizer):
+    """Twelve examples of very different lengths."""
+    from rlhf_vs_dpo.text import Tokens
+
+    rng = random.Random(0)
+    ids = range(4, len(tokenizer))
+    return [
+        Tokens(
+            [tokenizer.bos_token_id, *rng.choices(ids, k=rng.randint(1, 9))],
+            [*rng.choices(ids, k=rng.randint(1, 12)), tokenizer.eos_token_id],
+        )
+        for _ in range(12)
+    ]
