@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 torch.set_num_threads(2)
 
-WORDS = "the a dog cat sat ran on mat rug and , . tl;dr :".split()
+WORDS = ["the", "a", "dog", "cat", "sat", "ran", "on", "mat", "rug", "and", ",", ".", "tl;dr", ":"]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,9 @@ def small_model(tokenizer, seed: int = 0, scale: float = 3.0):
     from rlhf_vs_dpo.models import from_scratch
 
     torch.manual_seed(seed)
-    model = from_scratch(Scratch(layers=1, width=32, heads=2, feed_forward=48, context=64, bpe_vocabulary=300), tokenizer)
+    model = from_scratch(
+        Scratch(layers=1, width=32, heads=2, feed_forward=48, context=64, bpe_vocabulary=300), tokenizer
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -75,7 +75,9 @@ def test_inverse_cdf():
 def test_streams_are_reproducible_and_differ():
     a = stream(0, "p1", 0, 4)
     assert (a == stream(0, "p1", 0, 4)).all()
-    assert not any((a == other).any() for other in (stream(1, "p1", 0, 4), stream(0, "p2", 0, 4), stream(0, "p1", 1, 4)))
+    assert not any(
+        (a == other).any() for other in (stream(1, "p1", 0, 4), stream(0, "p2", 0, 4), stream(0, "p1", 1, 4))
+    )
     assert (stream(0, "p1", 0, 2) == a[:2]).all()  # a longer budget only appends
 
 

@@ -106,13 +106,24 @@ def test_scores_do_not_depend_on_padding(tokenizer, examples):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+    )
     config.reward_shift, config.reward_scale = 0.25, 2.0
     scorer = Scorer(LlamaForSequenceClassification(config).eval())
     with torch.no_grad():
         alone = [scorer.at_end(collate([example], tokenizer.pad_token_id)).item() for example in examples]
         for side in ("left", "right"):
-            assert scorer.at_end(collate(examples, tokenizer.pad_token_id, side)).tolist() == pytest.approx(alone, abs=1e-5)
-        hidden = scorer.model.base_model(torch.tensor([[*examples[0].prompt, *examples[0].response]])).last_hidden_state[0, -1]
+            assert scorer.at_end(collate(examples, tokenizer.pad_token_id, side)).tolist() == pytest.approx(
+                alone, abs=1e-5
+            )
+        hidden = scorer.model.base_model(
+            torch.tensor([[*examples[0].prompt, *examples[0].response]])
+        ).last_hidden_state[0, -1]
         raw = scorer.model.score(hidden).item()
     assert alone[0] == pytest.approx((raw - 0.25) / 2.0, abs=1e-5)

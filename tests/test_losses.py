@@ -42,7 +42,9 @@ def test_bradley_terry_recovers_the_reward_up_to_a_constant():
     scores = leaf(0, 0, 0, 0)
     first, second = torch.combinations(torch.arange(4)).T
     p_first = torch.sigmoid(reward[first] - reward[second])
-    optimiser = torch.optim.LBFGS([scores], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [scores], max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimiser.zero_grad()
@@ -87,7 +89,9 @@ def test_dpo_reaches_the_gibbs_policy():
     logits = leaf(*ref.tolist())
     first, second = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
     weight = torch.exp(ref[first] + ref[second]) * torch.sigmoid(reward[first] - reward[second])
-    optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimiser.zero_grad()
@@ -129,7 +133,11 @@ def test_implicit_rewards_carry_no_gradient(loss):
         "simpo": lambda: simpo(a, b, t(2.0), t(3.0), 0.1, 0.2),
     }
     result = results[loss]()
-    assert result.loss.requires_grad and not result.chosen_reward.requires_grad and not result.rejected_reward.requires_grad
+    assert (
+        result.loss.requires_grad
+        and not result.chosen_reward.requires_grad
+        and not result.rejected_reward.requires_grad
+    )
 
 
 # ---- GAE -------------------------------------------------------------------------------------------------------------
@@ -168,7 +176,9 @@ def test_gae_against_brute_force():
                 delta = rewards[row, start + k].item() + gamma * later - values[row, start + k].item()
                 expected += (gamma * lam) ** k * delta
             assert advantages[row, start].item() == pytest.approx(expected)
-            assert returns[row, start].item() == pytest.approx((expected + values[row, start].item()) * (start < length))
+            assert returns[row, start].item() == pytest.approx(
+                (expected + values[row, start].item()) * (start < length)
+            )
 
 
 def test_gae_with_lambda_one_is_reward_to_go_minus_value():

@@ -30,6 +30,6 @@ def utility(gold: np.ndarray, tokens: np.ndarray, filler: np.ndarray, settings: 
 
 def choose(first: np.ndarray, second: np.ndarray, settings: Annotator, rng: np.random.Generator) -> Choice:
     """Choices between responses of utility `first` and `second`, each (N,)."""
-    p_first = 1 / (1 + np.exp(-(first - second) / settings.temperature))
+    p_first = 0.5 * (1 + np.tanh((first - second) / settings.temperature / 2))  # the sigmoid, without overflow
     chosen = rng.random(len(first)) < p_first
     return Choice(chosen, np.where(chosen, p_first, 1 - p_first))

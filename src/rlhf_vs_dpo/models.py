@@ -64,6 +64,8 @@ def from_scratch(settings: Scratch, tokenizer):
         num_attention_heads=settings.heads,
         max_position_embeddings=settings.context,
         tie_word_embeddings=True,
+        # The usual 0.02 suits widths of thousands; at a width of 112 it delays copying heads beyond the run.
+        initializer_range=settings.width**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -145,7 +147,9 @@ def _load(name: str, kind: str, extra: dict, new_head: bool = False):
         raise _unloadable(name, kind, error) from error
     lost = [key for key in found["missing_keys"] if not (new_head and key.split(".")[0] in ("score", "classifier"))]
     if lost or found["mismatched_keys"]:
-        raise _unloadable(name, kind, KeyError(f"weights missing or of another shape: {sorted(lost)[:5] or found['mismatched_keys']}"))
+        raise _unloadable(
+            name, kind, KeyError(f"weights missing or of another shape: {sorted(lost)[:5] or found['mismatched_keys']}")
+        )
     return quiet(model), tokenizer
 
 

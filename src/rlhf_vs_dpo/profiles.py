@@ -24,9 +24,11 @@ def overlay(params: Any, profile: dict[str, Any], place: str, key: str = "") -> 
     """
     for name, value in profile.items():
         dotted = f"{key}.{name}" if key else name
-        method = key in config.FAMILIES or key.rpartition(".")[0] in config.FAMILIES and not key.endswith(".defaults")
+        method = key in config.FAMILIES or (key.rpartition(".")[0] in config.FAMILIES and not key.endswith(".defaults"))
         if name not in params and not method:
-            raise ParamsError(f"{place}: unknown key `{dotted}`; params.yaml has {', '.join(params) or 'nothing'} there")
+            raise ParamsError(
+                f"{place}: unknown key `{dotted}`; params.yaml has {', '.join(params) or 'nothing'} there"
+            )
         if isinstance(value, dict) and isinstance(params.get(name), dict):
             overlay(params[name], value, place, dotted)
         else:
@@ -69,7 +71,11 @@ def main(
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml before", f"with {name}", lineterm="", n=0))
+    difference = list(
+        difflib.unified_diff(
+            before.splitlines(), after.splitlines(), "params.yaml before", f"with {name}", lineterm="", n=0
+        )
+    )
     params.write_text(after)
     typer.echo("\n".join(difference) or "nothing to change")
     typer.echo("\nnext: dvc repro")

@@ -141,11 +141,12 @@ def validate(frame: pd.DataFrame, contract: str, place: str) -> pd.DataFrame:
             if case.check == "column_in_dataframe":
                 lines.append(f"  column {case.failure_case!r} is missing")
                 continue
-            column = case.column if case.column in frame.columns else ""
             where = "" if pd.isna(case.index) else f"row {int(case.index)}, "
+            if case.schema_context == "DataFrameSchema":  # a check of whole rows is reported for each of their columns
+                lines.append(f"  {where}whole row: {case.check} ({str(frame['prompt'].get(case.index))[:80]!r})")
+                continue
             what = "is not unique" if "field_uniqueness" in str(case.check) else str(case.check)
-            value = repr(case.failure_case)
-            lines.append(f"  {where}{column or 'whole row'}: {what} ({value[:80]})")
+            lines.append(f"  {where}{case.column}: {what} ({repr(case.failure_case)[:80]})")
         lines = list(dict.fromkeys(lines))
         more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
         needs = ", ".join(schema.columns)

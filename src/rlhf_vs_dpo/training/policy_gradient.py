@@ -110,10 +110,11 @@ def train(
             while len(queue) < settings.episodes:
                 queue += rng.permutation(len(prompts)).tolist()
             picked, queue = queue[: settings.episodes], queue[settings.episodes :]
-            mine = picked[accelerate.process_index :: accelerate.num_processes]
+            places = list(range(accelerate.process_index, len(picked), accelerate.num_processes))
+            mine = [picked[place] for place in places]
             experience, metrics = rollout(
                 accelerate, actor.module, critic.module, policy, reference, reward, tokenizer,
-                [prompts[i] for i in mine], [names[i] for i in mine], settings, sampling, beta,
+                [prompts[i] for i in mine], [names[i] for i in mine], places, settings, sampling, beta,
                 (seed, iteration), budget,
             )  # fmt: skip
             if iteration == 0:
@@ -139,16 +140,19 @@ def train(
 @torch.no_grad()
 def rollout(
     accelerate, acting, criticising, policy: Policy, reference: Policy, reward: Scorer, tokenizer,
-    prompts: list[list[int]], names: list[str], settings: Rl, sampling: Sampling, beta: float, key: tuple[int, int], budget: int,
+    prompts: list[list[int]], names: list[str], places: list[int], settings: Rl, sampling: Sampling, beta: float, key: tuple[int, int], budget: int,
 ) -> tuple[Episodes, dict[str, float]]:  # fmt: skip
     """Sample one response per prompt and compute all that the updates hold fixed.
+
+    `places` are the episodes' numbers in the global batch: they key the random streams, so that a prompt that occurs
+    twice in an iteration is answered independently.
 
     `acting` and `criticising` are the modules as trained (wrapped for several processes): the old log-probabilities and
     values come from the very forward pass that the updates differentiate, not from generation.
     """
     device = accelerate.device
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    drawn = generate(policy.model, tokenizer, prompts, names, [0] * len(names), sampling, seed)
+    drawn = generate(policy.model, tokenizer, prompts, names, places, sampling, seed)
     tokens, finished = drawn.tokens, torch.tensor(drawn.finished, device=device)
     lengths = [len(example.response) for example in tokens]
     offsets = torch.tensor([0, *np.cumsum(lengths)])

@@ -1,0 +1,133 @@
+"""params.yaml: no default outside it, and an error for every wrong key that names it."""
+
+import copy
+
+import pytest
+from conftest import ROOT
+
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.errors import ParamsError
+
+
+@pytest.fixture
+def params():
+    return copy.deepcopy(config.read_params(ROOT / "profiles" / "default.yaml"))
+
+
+def put(params, path, value):
+    *parents, key = path.split(".")
+    for parent in parents:
+        params = params[parent]
+    params[key] = value
+
+
+def test_the_working_params_validate():
+    config.check(config.read_params(ROOT / "params.yaml"))
+
+
+def test_sections_equal_the_models_both_ways(params):
+    assert params.keys() == config.SECTIONS.keys()
+
+    def compare(kind, values, place):
+        if isinstance(kind, type) and issubclass(kind, config.Section):
+            assert kind.model_fields.keys() == values.keys(), place
+            for name, info in kind.model_fields.items():
+                compare(info.annotation, values[name], f"{place}.{name}")
+
+    for name, kind in config.SECTIONS.items():
+        if name not in config.FAMILIES:
+            compare(kind, params[name], name)
+    assert {*params["rl"]["defaults"]} == config.Rl.model_fields.keys()
+    assert {*params["preference"]["defaults"]} == config.PairTraining.model_fields.keys()
+
+
+def test_no_number_hides_in_the_code():
+    """A default in config.py would be a parameter that DVC cannot see."""
+    for kind in vars(config).values():
+        if isinstance(kind, type) and issubclass(kind, config.Section):
+            assert all(info.is_required() for info in kind.model_fields.values()), kind
+
+
+def test_a_new_variant_is_one_entry(params):
+    params["preference"]["dpo_b05"] = {"loss": "dpo", "beta": 0.5}
+    params["policies"]["preference"].append("dpo_b05")
+    config.check(params)
+    variant = config.section(params, "preference", "dpo_b05")
+    assert (variant.beta, variant.batch) == (0.5, params["preference"]["defaults"]["batch"])
+    assert "dpo_b05-0" in config.policy_names(config.section(params, "policies"), [0])
+
+
+def test_policy_names():
+    policies = config.Policies(rl=["ppo"], preference=["dpo"])
+    assert config.policy_names(policies, [3]) == {"sft": "sft", "ppo-3": "ppo", "dpo-3": "dpo"}
+    assert config.policy_names(policies, [0, 1])["dpo-1"] == "dpo-1"
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("prefernce", {}, "unknown key `prefernce`"),
+        ("sft.training.lr", 0.1, "unknown key `sft.training.lr`"),
+        ("preference.dpo.bta", 0.1, "unknown key `preference.dpo.bta`"),
+        ("preference.dpo.loss", "dop", "`preference.dpo.loss` is 'dop', which is no known loss"),
+        ("data.source", "reddit", "`data.source` is 'reddit'"),
+        ("preference.dpo.beta", -0.1, "`preference.dpo.beta` is -0.1"),
+        ("preference.dpo.beta", "1e-5", "`preference.dpo.beta` is '1e-5'"),
+        ("sampling.temperature", 0.0, "`sampling.temperature` is 0.0"),
+        ("reward.training.batch", 0, "`reward.training.batch` is 0"),
+        ("reward.training.batch", 1.5, "`reward.training.batch` is 1.5"),
+        ("seeds", [], "`seeds`"),
+        ("rl.defaults.minibatches", 3, "episodes (128) must be a multiple of minibatches (3)"),
+        ("policies.preference", ["dpo", "orpo"], "lists 'orpo', but there is no `preference.orpo`"),
+        ("policies.preference", ["dpo", "dpo"], "lists a method twice"),
+        ("data.mini_tldr.flaws.omit", 1.5, "`data.mini_tldr.flaws.omit` is 1.5"),
+    ],
+)
+def test_wrong_keys_are_named(params, path, value, message):
+    put(params, path, value)
+    with pytest.raises(ParamsError) as error:
+        config.check(params)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "seed",
+        "rl.defaults.clip",
+        "preference.dpo.beta",
+        "preference.simpo.gamma",
+        "base.scratch.width",
+        "preference.dpo.loss",
+    ],
+)
+def test_missing_keys_are_named(params, path):
+    *parents, key = path.split(".")
+    target = params
+    for parent in parents:
+        target = target[parent]
+    del target[key]
+    with pytest.raises(ParamsError, match="missing key"):
+        config.check(params)
+    try:
+        config.check(params)
+    except ParamsError as error:
+        assert key in str(error)
+
+
+def test_all_faults_are_reported_together(params):
+    put(params, "sft.training.lr", 1)
+    put(params, "sample.per_prompt", 0)
+    with pytest.raises(ParamsError) as error:
+        config.check(params)
+    assert "sft.training.lr" in str(error.value) and "sample.per_prompt" in str(error.value)
+
+
+def test_yaml_is_read_as_dvc_reads_it(tmp_path):
+    (tmp_path / "p.yaml").write_text("a: 1e-5\n")
+    assert config.read_params(tmp_path / "p.yaml") == {"a": 1e-5}
+    (tmp_path / "p.yaml").write_text("a: [1\n")
+    with pytest.raises(ParamsError, match="not valid YAML"):
+        config.read_params(tmp_path / "p.yaml")
+    with pytest.raises(ParamsError, match="no such file"):
+        config.read_params(tmp_path / "q.yaml")

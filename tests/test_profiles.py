@@ -1,0 +1,73 @@
+"""Profiles: each one applies, shows what it changes, and refuses what it does not know."""
+
+import pytest
+import typer
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from rlhf_vs_dpo import config, profiles
+
+app = typer.Typer()
+app.command()(profiles.main)
+PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml") if path.stem != "default")
+
+
+def apply(name, params, folder=ROOT / "profiles"):
+    return CliRunner().invoke(app, [name, "--params", str(params), "--profiles", str(folder)])
+
+
+@pytest.fixture
+def params(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "profiles" / "default.yaml").read_text())
+    return path
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_applies_and_goes_back(name, params):
+    default = params.read_text()
+    result = apply(name, params)
+    assert result.exit_code == 0, result.output
+    config.check(config.read_params(params))
+    assert params.read_text() != default and "# beta" in params.read_text()  # comments survive
+    assert "+++ with" in result.output
+    assert apply("default", params).exit_code == 0
+    assert params.read_text() == default
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_says_what_machine_it_is_for(name):
+    head = (ROOT / "profiles" / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert head.startswith("#") and any(word in head for word in ("machine", "cores", "GPU"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("sft: {trainig: {steps: 1}}", "unknown key `sft.trainig`"),
+        ("rl: {defaults: {clipp: 0.1}}", "unknown key `rl.defaults.clipp`"),
+        ("preference: {dpo: {bta: 0.1}}", "unknown key `preference.dpo.bta`"),
+        ("sample: {per_prompt: 0}", "`sample.per_prompt` is 0"),
+    ],
+)
+def test_what_it_does_not_know_is_refused_and_nothing_is_written(text, message, params, tmp_path):
+    (tmp_path / "default.yaml").write_text(params.read_text())
+    (tmp_path / "bad.yaml").write_text(text)
+    before = params.read_text()
+    result = apply("bad", params, tmp_path)
+    assert result.exit_code == 1 and message in result.output
+    assert params.read_text() == before
+
+
+def test_a_profile_may_bring_a_variant(params, tmp_path):
+    (tmp_path / "default.yaml").write_text(params.read_text())
+    (tmp_path / "more.yaml").write_text(
+        "preference: {dpo_b05: {loss: dpo, beta: 0.5}}\npolicies: {preference: [dpo, dpo_b05]}\n"
+    )
+    assert apply("more", params, tmp_path).exit_code == 0
+    assert config.section(config.read_params(params), "preference", "dpo_b05").beta == 0.5
+
+
+def test_an_unknown_profile_lists_those_there_are(params):
+    result = apply("nope", params)
+    assert result.exit_code == 1 and "imdb" in result.output and "smoke" in result.output

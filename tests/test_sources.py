@@ -1,0 +1,276 @@
+"""Preference data in all its forms, from files and from data sets."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from rlhf_vs_dpo.config import Files, Hub, Imdb, Splits
+from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.gold import SentimentGold
+from rlhf_vs_dpo.sources import files, forms, hub, imdb
+
+SPLITS = Splits(validation=0.2, test=0.2, limit=None)
+RENDER = forms.chat_renderer(None, None)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def pair(row, render=RENDER, marker="\n\nAssistant:"):
+    return forms.pair_of(row, "row 0", render, marker)
+
+
+def test_explicit_prompt():
+    assert pair({"prompt": "Q: 1+1? A:", "chosen": " 2", "rejected": " 3"}) == ("Q: 1+1? A:", " 2", " 3")
+
+
+def test_implicit_prompt_is_cut_between_words():
+    cut = pair({"chosen": "Name a fruit: apple", "rejected": "Name a fruit: apricot"})
+    assert cut == ("Name a fruit:", " apple", " apricot")
+
+
+def test_implicit_prompt_is_cut_behind_its_last_turn_marker():
+    opening = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Say yes or no\n\nAssistant:"
+    cut = pair({"chosen": opening + " I say yes", "rejected": opening + " I say no"})
+    assert cut == (opening, " I say yes", " I say no")
+
+
+def test_conversational_with_a_template():
+    class Tokenizer:
+        chat_template, bos_token, eos_token = CHATML, None, "<|im_end|>"
+
+    render = forms.chat_renderer(None, Tokenizer())
+    explicit = pair({"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}, render)
+    implicit = pair({"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}, render)
+    assert explicit == implicit == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yes", "no")
+
+
+def test_conversational_without_a_template_is_plain_text():
+    result = pair({"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]})
+    assert result == ("User: hi\n\nAssistant:", " yes", " no")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "x", "chosen": "y"}, "column 'rejected' is missing"),
+        ({"chosen": "alpha", "rejected": "beta"}, "share no prefix"),
+        ({"prompt": "x", "chosen": [assistant("y")], "rejected": "z"}, "must all be text, or all be lists"),
+        (
+            {"prompt": [{"text": "x"}], "chosen": [assistant("y")], "rejected": [assistant("z")]},
+            "needs `role` and `content`",
+        ),
+        ({"chosen": [assistant("y")], "rejected": [assistant("z")]}, "no message before the answer"),
+        ({"prompt": 3, "chosen": "y", "rejected": "z"}, "must all be text"),
+    ],
+)
+def test_rows_in_no_form_are_refused_by_number(row, message):
+    with pytest.raises(DataError, match="row 0") as error:
+        pair(row)
+    assert message in str(error.value)
+
+
+def test_a_prompt_keeps_its_split_whatever_the_order():
+    rows = [{"prompt": f"prompt {i % 40}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(80)]
+    one = forms.to_pairs(rows, "f", RENDER, SPLITS, None)
+    two = forms.to_pairs(rows[::-1], "f", RENDER, SPLITS, None)
+    assert one.groupby("prompt")["split"].nunique().max() == 1
+    assert one.set_index("chosen")["split"].equals(two.set_index("chosen")["split"].reindex(one["chosen"]))
+    assert set(one["split"]) == {"train", "validation", "test"}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def settings(path, **changes):
+    return Files(
+        **{"preferences": str(path), "demonstrations": None, "corpus": None, "turn_marker": None, "splits": SPLITS}
+        | changes
+    )
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+ROWS = [{"prompt": f"question {i} ?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(50)]
+FORMS = {
+    "explicit": ROWS,
+    "implicit": [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in ROWS],
+    "conversational": [
+        {
+            "prompt": [user(r["prompt"])],
+            "chosen": [assistant(r["chosen"].strip())],
+            "rejected": [assistant(r["rejected"].strip())],
+        }
+        for r in ROWS
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_in_each_form(form, kind, tmp_path):
+    path = tmp_path / f"mine.{kind}"
+    write(path, FORMS[form]) if kind == "jsonl" else pd.DataFrame(FORMS[form]).to_parquet(path)
+    tables = files.build(settings(path), RENDER)
+    pairs = tables.dataset_pairs
+    assert len(pairs) == 50 and pairs["chosen"].str.strip().tolist() == [f"yes {i}" for i in range(50)]
+    assert set(tables.prompts["split"]) == {"train", "validation", "test"}
+    assert set(tables.demonstrations["response"]) == set(pairs["chosen"])
+    assert tables.gold == {"kind": "none"} and len(tables.corpus) == 50
+
+
+def test_own_demonstrations_and_corpus(tmp_path):
+    path = write(tmp_path / "mine.jsonl", ROWS)
+    demos = write(
+        tmp_path / "demos.jsonl",
+        [{"prompt": "question 1 ?", "response": " maybe"}, {"prompt": "new ?", "response": " so"}],
+    )
+    corpus = write(tmp_path / "corpus.jsonl", [{"text": f"text {i}"} for i in range(30)])
+    tables = files.build(settings(path, demonstrations=str(demos), corpus=str(corpus)), RENDER)
+    split = tables.dataset_pairs.set_index("prompt")["split"]["question 1 ?"]
+    assert tables.demonstrations.loc[0, "split"] == split
+    assert set(tables.corpus["split"]) == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{oops\n', "mine.jsonl, line 2: not JSON"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ("", "holds no row"),
+        ('{"prompt": "a", "chosen": "b"}\n', "mine.jsonl, row 0: column 'rejected' is missing"),
+        ('{"prompt": "", "chosen": "b", "rejected": "c"}\n', "row 0, prompt: is empty"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "chosen equals rejected"),
+        ('{"pair_id": "1", "prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2, "row 1, pair_id: is not unique"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c", "split": "train"}\n'
+            '{"prompt": "a", "chosen": "d", "rejected": "e", "split": "test"}\n',
+            "this prompt is in two splits",
+        ),
+    ],
+)
+def test_bad_files_are_refused_by_place(text, message, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        files.build(settings(path), RENDER)
+    assert message in str(error.value)
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        files.build(settings(tmp_path / "none.jsonl"), RENDER)
+    (tmp_path / "mine.csv").write_text("x")
+    with pytest.raises(DataError, match="unknown kind of file"):
+        files.build(settings(tmp_path / "mine.csv"), RENDER)
+    with pytest.raises(DataError, match="is null"):
+        files.build(settings("x", preferences=None), RENDER)
+
+
+# ---- hub and imdb ----------------------------------------------------------------------------------------------------
+
+
+def hub_settings(name, **changes):
+    return Hub(
+        **{"name": name, "config": None, "split": "train", "revision": None, "turn_marker": None, "splits": SPLITS}
+        | changes
+    )
+
+
+def test_a_data_set_in_a_local_folder(tmp_path):
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "train.parquet")
+    tables = hub.build(hub_settings(str(tmp_path)), RENDER)
+    assert tables.dataset_pairs["chosen"].tolist() == [row["chosen"] for row in ROWS]
+
+
+def test_a_hub_id_needs_a_revision():
+    with pytest.raises(DataError, match="has no revision"):
+        hub.build(hub_settings("someone/preferences"), RENDER)
+
+
+def test_an_unreachable_hub_says_how_to_go_on(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="hf download --repo-type dataset someone/preferences --local-dir FOLDER"):
+        hub.build(hub_settings("someone/preferences", revision="0" * 40), RENDER)
+
+
+def reviews(count):
+    good, bad = "great wonderful superb delightful", "awful boring terrible dreadful"
+    filler = "the plot of this film was told by an actor who had been in another film before and knew it well indeed"
+    return [
+        {
+            "text": f"Film {i} was {good if i % 2 else bad} <br /><br />{filler} and it was {(good if i % 2 else bad)} number {i}.",
+            "label": i % 2,
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def imdb_tables(monkeypatch):
+    monkeypatch.setattr(imdb, "load_rows", lambda *args: reviews(400))
+    return imdb.build(
+        Imdb(
+            origin="hub", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=10,
+            classifier_reviews=200, prompt_words=[2, 4], response_words=12,
+        ),
+        seed=0,
+    )  # fmt: skip
+
+
+def test_imdb_cuts_reviews_into_prompt_and_continuation(imdb_tables):
+    demos = imdb_tables.demonstrations
+    words = demos["prompt"].str.split().str.len()
+    assert words.between(2, 4).all() and demos["response"].str.startswith(" ").all()
+    assert demos["response"].str.split().str.len().max() == 12
+    assert not (demos["prompt"] + demos["response"]).str.contains("<br").any()
+    assert imdb_tables.metrics["classifier_accuracy"] > 0.95
+
+
+def test_the_stored_classifier_is_scikit_learns(imdb_tables):
+    """`SentimentGold` scores from a table what the fitted pipeline's decision function says."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    train = pd.DataFrame(reviews(120))
+    table, intercept, _ = imdb.fit_classifier(train, train)
+    gold = SentimentGold({"intercept": intercept}, table)
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=5, max_features=50_000)
+    model = LogisticRegression(C=10.0, max_iter=1000).fit(vectorizer.fit_transform(train["text"]), train["label"])
+    texts = [
+        "A great, GREAT film: don't miss it",
+        "boring and awful",
+        "nothing known here xyzzy",
+        "It's a wonderful wonderful life 10/10",
+    ]
+    expected = model.decision_function(vectorizer.transform(texts))
+    assert [gold.score(text[:5], None, text[5:])["gold"] for text in texts] == pytest.approx(expected.tolist())
+
+
+def test_no_review_serves_two_purposes(imdb_tables, monkeypatch):
+    with pytest.raises(DataError, match="asks for 640 reviews in all, and there are 400"):
+        imdb.build(
+            Imdb(
+                origin="hub", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=20,
+                classifier_reviews=400, prompt_words=[2, 4], response_words=12,
+            ),
+            seed=0,
+        )  # fmt: skip

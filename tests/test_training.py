@@ -1,0 +1,347 @@
+"""The loops: what must not change the gradient does not, what must hold at step 0 holds, and PPO finds the optimum."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import WORDS, small_model
+from torch import nn
+
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.config import Rl, Sampling, Training
+from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.models import Scorer
+from rlhf_vs_dpo.text import Tokens
+from rlhf_vs_dpo.training import policy_gradient, preference, supervised
+from rlhf_vs_dpo.training import reward as reward_training
+from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+from rlhf_vs_dpo.training.optimise import scheduled
+
+TRAINING = Training(
+    steps=3,
+    batch=6,
+    learning_rate=1e-2,
+    schedule="linear",
+    warmup=0.0,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    adam_epsilon=1e-5,
+)
+
+
+def weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def silent(metrics, step):
+    pass
+
+
+class NoWatch:
+    """Stands in for `HeldOut` where nothing is to be watched."""
+
+    def watch(self, model, step, log):
+        pass
+
+
+def scorer(tokenizer, seed=1) -> Scorer:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_labels": 1,
+    }
+    settings = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
+    settings.reward_shift, settings.reward_scale = 0.1, 2.0
+    return Scorer(LlamaForSequenceClassification(settings).eval())
+
+
+# ---- the global batch is what counts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["16", "40", "100000"])
+def test_micro_batches_do_not_change_training(tokenizer, examples, budget, monkeypatch):
+    def trained(tokens):
+        monkeypatch.setenv("RLHF_MICRO_TOKENS", tokens)
+        policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+        rows = []
+        supervised.likelihood(
+            policy,
+            examples,
+            [f"r{i}" for i in range(12)],
+            tokenizer.pad_token_id,
+            TRAINING,
+            0,
+            lambda m, s: rows.append(m),
+            "x",
+        )
+        return weights(policy), [row["loss"] for row in rows]
+
+    (one, losses), (other, other_losses) = trained("100000"), trained(budget)
+    assert other_losses == pytest.approx(losses, abs=1e-4)
+    assert (one - other).abs().max() < 2e-4
+
+
+def test_the_loss_is_the_mean_over_tokens_not_over_sequences(tokenizer, examples):
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    logp = log_likelihoods(policy, examples, tokenizer.pad_token_id)
+    expected = -sum(logp) / sum(len(example.response) for example in examples)
+    rows = []
+    one_step = TRAINING.model_copy(update={"steps": 1, "batch": 12})
+    supervised.likelihood(
+        policy, examples, ["r"] * 12, tokenizer.pad_token_id, one_step, 0, lambda m, s: rows.append(m), "x"
+    )
+    assert rows[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_schedules():
+    assert [scheduled("linear", s, 4, 0.0) for s in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [scheduled("constant", s, 4, 0.5) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert [scheduled("cosine", s, 2, 0.0) for s in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_ids(tokenizer, examples):
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    with torch.no_grad():
+        policy.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(TrainingError, match=r"step 0: loss nan.*learning rate 0\.01; batch: row-\d+"):
+        supervised.likelihood(
+            policy, examples, [f"row-{i}" for i in range(12)], tokenizer.pad_token_id, TRAINING, 0, silent, "x"
+        )
+
+
+# ---- reward model ----------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_model_learns_a_preference(tokenizer):
+    """Responses that hold 'cat' are always preferred: a few steps suffice to order held-out pairs."""
+    rng = np.random.default_rng(0)
+    cat = tokenizer.convert_tokens_to_ids("cat")
+    others = [i for i in range(4, len(tokenizer)) if i != cat]
+
+    def response(with_cat):
+        ids = rng.choice(others, size=rng.integers(2, 8)).tolist()
+        if with_cat:
+            ids.insert(int(rng.integers(len(ids) + 1)), cat)
+        return Tokens([tokenizer.bos_token_id, 5], [*ids, tokenizer.eos_token_id])
+
+    good, bad = [response(True) for _ in range(160)], [response(False) for _ in range(160)]
+    model = scorer(tokenizer)
+    settings = TRAINING.model_copy(update={"steps": 40, "batch": 16})
+    reward_training.train(model, good[:128], bad[:128], ["p"] * 128, tokenizer.pad_token_id, settings, 0, silent, "x")
+    pad = tokenizer.pad_token_id
+    right = np.array(scores(model, good[128:], pad)) > np.array(scores(model, bad[128:], pad))
+    assert right.mean() > 0.95
+
+
+def test_reward_quality_by_hand():
+    pairs = pd.DataFrame(
+        {
+            "chosen_reward": [2.0, 0.0, 1.0, 1.0],
+            "rejected_reward": [0.0, 1.0, 0.0, 1.0],
+            "chosen_tokens": [5, 6, 7, 8],
+            "rejected_tokens": [5, 6, 7, 8],
+            "chosen_gold": [1.0, 1.0, np.nan, 0.0],
+            "rejected_gold": [0.0, 0.0, 1.0, 1.0],
+        }
+    )
+    quality = reward_training.quality(pairs)
+    assert quality["accuracy"] == pytest.approx(2.5 / 4)  # a tie is half right
+    assert quality["accuracy_against_gold"] == pytest.approx(1 / 3)  # right, wrong, unknown, undecided counts as wrong
+    margins = [2.0, -1.0, 1.0, 0.0]
+    assert quality["log_loss"] == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in margins]))
+
+
+# ---- preference training ---------------------------------------------------------------------------------------------
+
+
+def variant(name, **changes):
+    params = config.read_params(config.Path(__file__).parents[1] / "profiles" / "default.yaml")
+    params["preference"]["defaults"] |= {"batch": 4, "epochs": 1.0, "learning_rate": 1e-2, "warmup": 0.0} | changes
+    return config.section(params, "preference", name)
+
+
+def run_pairs(tokenizer, examples, settings, reference, log=silent):
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    names = [f"pair-{i}" for i in range(6)]
+    preference.train(
+        policy, examples[:6], examples[6:], names, reference, tokenizer.pad_token_id, settings, 0, NoWatch(), log, "x"
+    )
+    return weights(policy)
+
+
+def stored(tokenizer, examples, shift=0.0):
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    logp = log_likelihoods(policy, examples, tokenizer.pad_token_id)
+    return pd.DataFrame({"chosen_logp": np.array(logp[:6]) + shift, "rejected_logp": np.array(logp[6:]) + shift})
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ln_dpo"])
+def test_step_0_loss_is_log_2(tokenizer, examples, loss):
+    rows = []
+    run_pairs(tokenizer, examples, variant(loss), stored(tokenizer, examples), lambda m, s: rows.append(m))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[0]["pairs/margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_foreign_reference_stops_the_run(tokenizer, examples):
+    with pytest.raises(TrainingError, match="step-0 invariant broken.*Likely causes"):
+        run_pairs(tokenizer, examples, variant("dpo"), stored(tokenizer, examples, shift=0.1))
+
+
+def test_simpo_needs_no_reference(tokenizer, examples):
+    rows = []
+    run_pairs(tokenizer, examples, variant("simpo"), None, lambda m, s: rows.append(m))
+    assert math.isfinite(rows[0]["loss"]) and abs(rows[0]["loss"] - math.log(2)) > 1e-3
+
+
+def test_training_raises_the_margin(tokenizer, examples):
+    rows = []
+    run_pairs(
+        tokenizer, examples, variant("dpo", epochs=20.0), stored(tokenizer, examples), lambda m, s: rows.append(m)
+    )
+    assert rows[-1]["pairs/margin"] > 0.5 and rows[-1]["pairs/accuracy"] == 1.0
+
+
+def test_stored_reference_is_matched_by_id():
+    from rlhf_vs_dpo.errors import DataError
+
+    pairs = pd.DataFrame({"pair_id": ["b", "a"]})
+    reference = pd.DataFrame({"pair_id": ["a", "b"], "chosen_logp": [-1.0, -2.0], "rejected_logp": [-3.0, -4.0]})
+    assert preference.stored_reference(pairs, reference, "ref.parquet")["chosen_logp"].tolist() == [-2.0, -1.0]
+    with pytest.raises(DataError, match=r"ref\.parquet: no log-probability for 1 pairs, b first"):
+        preference.stored_reference(pairs, reference.head(1), "ref.parquet")
+
+
+# ---- PPO -------------------------------------------------------------------------------------------------------------
+
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=2)
+
+
+def rl_settings(**changes) -> Rl:
+    params = config.read_params(config.Path(__file__).parents[1] / "profiles" / "default.yaml")
+    params["rl"]["defaults"] |= {"iterations": 2, "episodes": 16, "epochs": 2, "learning_rate": 1e-3} | changes
+    return config.section(params, "rl", "ppo")
+
+
+def run_ppo(
+    tokenizer, settings, corpus=(), seed=0, log=silent, sampling=SAMPLING, model=None, reference=None, reward=None
+):
+    model = model or small_model(tokenizer, scale=2.0)
+    reference = reference or copy.deepcopy(model)
+    policy = Policy(model, sampling.temperature)
+    prompts = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]]
+    policy_gradient.train(
+        policy, Policy(reference, sampling.temperature), reward or scorer(tokenizer), tokenizer, prompts, ["p0", "p1"], corpus,
+        settings, sampling, seed, NoWatch(), log, "x",
+    )  # fmt: skip
+    return policy
+
+
+def test_at_step_0_ratio_is_1_and_kl_is_0(tokenizer):
+    rows = []
+    run_ppo(tokenizer, rl_settings(iterations=1, epochs=1), log=lambda m, s: rows.append(m))
+    assert rows[0]["rollout/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[0]["update/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0]["update/clip_fraction"] == 0.0
+    assert rows[0]["update/kl_old_new"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_foreign_reference_policy_stops_the_run(tokenizer):
+    with pytest.raises(TrainingError, match=r"KL\(policy, reference\)"):
+        run_ppo(tokenizer, rl_settings(), reference=small_model(tokenizer, seed=9, scale=2.0))
+
+
+def test_dropout_stops_the_run(tokenizer):
+    """Dropout switched back on: new and old log-probabilities differ before any update."""
+    model = small_model(tokenizer, scale=2.0)
+    reference = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.5).train())
+    with pytest.raises(TrainingError, match="step-0 invariant broken"):
+        run_ppo(tokenizer, rl_settings(), model=model, reference=reference)
+
+
+def test_ppo_does_not_depend_on_micro_batches(tokenizer, monkeypatch):
+    def trained(tokens):
+        monkeypatch.setenv("RLHF_MICRO_TOKENS", tokens)
+        return weights(
+            run_ppo(tokenizer, rl_settings(iterations=1), sampling=Sampling(temperature=1.0, max_new_tokens=9))
+        )
+
+    assert (trained("100000") - trained("24")).abs().max() < 5e-5
+
+
+def test_ptx_with_gamma_0_is_ppo_bit_for_bit(tokenizer, examples):
+    ppo = weights(run_ppo(tokenizer, rl_settings()))
+    off = weights(run_ppo(tokenizer, rl_settings(ptx_coefficient=0.0, ptx_batch=4), corpus=examples))
+    on = weights(run_ppo(tokenizer, rl_settings(ptx_coefficient=0.5, ptx_batch=4), corpus=examples))
+    assert torch.equal(ppo, off) and not torch.equal(ppo, on)
+
+
+def test_ptx_keeps_the_corpus(tokenizer, examples):
+    """With a large gamma the corpus becomes more likely than PPO alone leaves it."""
+    changes = {"iterations": 6, "learning_rate": 3e-3, "ptx_batch": 8}
+    kept = run_ppo(tokenizer, rl_settings(ptx_coefficient=5.0, **changes), corpus=examples)
+    lost = run_ppo(tokenizer, rl_settings(**changes))
+    pad = tokenizer.pad_token_id
+    assert sum(log_likelihoods(kept, examples, pad)) > sum(log_likelihoods(lost, examples, pad)) + 10
+
+
+def test_the_adaptive_coefficient_moves(tokenizer):
+    rows = []
+    run_ppo(tokenizer, rl_settings(iterations=3, kl_target=50.0, kl_horizon=100.0), log=lambda m, s: rows.append(m))
+    betas = [row["rollout/kl_coefficient"] for row in rows]
+    assert betas[0] == 0.1 and betas[1] == pytest.approx(0.1 * (1 - 0.2 * 16 / 100)) and betas[2] < betas[1]
+
+
+def enumerate_responses(tokenizer):
+    """Every response of at most two tokens: ends at once, ends second, or never."""
+    eos, vocabulary = tokenizer.eos_token_id, range(len(tokenizer))
+    return [[eos], *[[a, b] for a, b in itertools.product(vocabulary, vocabulary) if a != eos]]
+
+
+def test_ppo_reaches_the_gibbs_policy(tokenizer):
+    """On a problem whose every response can be enumerated, PPO's optimum is pi* = ref exp(r / beta) / Z.
+
+    The transformer, the reward model, the rollouts and the loop are those of production; J* = beta log Z is exact.
+    """
+    from rlhf_vs_dpo.text import word_tokenizer
+
+    tokenizer = word_tokenizer(WORDS[:4])
+    model, reward = small_model(tokenizer, seed=3, scale=1.5), scorer(tokenizer, seed=4)
+    reference = copy.deepcopy(model)
+    beta, pad = 0.5, tokenizer.pad_token_id
+    settings = rl_settings(
+        iterations=100, episodes=256, epochs=2, learning_rate=2e-3, value_learning_rate=5e-3, kl_coefficient=beta,
+        unfinished_reward=-1.0, gae_lambda=1.0,
+    )  # fmt: skip
+    policy = run_ppo(tokenizer, settings, model=model, reference=reference, reward=reward)
+    gained = gap = 0.0
+    for prompt in ([tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]):
+        responses = [Tokens(prompt, response) for response in enumerate_responses(tokenizer)]
+        ref = torch.tensor(log_likelihoods(Policy(reference, 1.0), responses, pad)).double()
+        pi = torch.tensor(log_likelihoods(policy, responses, pad)).double()
+        ended = torch.tensor([tokens.response[-1] == tokenizer.eos_token_id for tokens in responses])
+        r = torch.where(ended, torch.tensor(scores(reward, responses, pad)).double(), -1.0)
+        assert ref.exp().sum() == pytest.approx(1.0, abs=1e-5)  # the enumeration is complete
+        log_z = torch.logsumexp(ref + r / beta, 0)
+        optimum = ref + r / beta - log_z
+
+        def objective(logp, r=r, ref=ref):
+            return float((logp.exp() * (r - beta * (logp - ref))).sum())
+
+        assert objective(optimum) == pytest.approx(beta * float(log_z), abs=1e-6)
+        gained += objective(pi) - objective(ref)
+        gap += objective(optimum) - objective(pi)
+        assert float((pi.exp() * (pi - optimum)).sum()) < 0.05
+    assert gained > 0.5 and gap < 0.05 * gained
