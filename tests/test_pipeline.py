@@ -1,0 +1,340 @@
+"""The whole graph with the smoke profile, as a user runs it. Marked `pipeline`; minutes, and part of `make test`."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from ruamel.yaml import YAML
+
+from rlhf_vs_dpo import config, schemas
+from rlhf_vs_dpo.evaluation.measure import METRICS
+
+pytestmark = pytest.mark.pipeline
+BIN = Path(sys.executable).parent
+ENV = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def copy_project(to: Path, profile: str) -> Path:
+    """The tracked files as they are now, without git, with a profile laid over params.yaml."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = listed.stdout.split("\n") if listed.returncode == 0 and listed.stdout else None
+    if names is None:  # an unpacked archive
+        shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".venv", "models", "samples", "heldout", "runs", "mlartifacts", "cache", "tmp", "mlflow.db*"))
+    else:
+        for name in filter(None, names):
+            if (ROOT / name).exists() and not name.startswith(("metrics/", "curves/", "report/", "dvc.lock")):
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, to / name)
+    shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
+    run(to, "dvc", "config", "--local", "core.no_scm", "true")
+    run(to, sys.executable, "-m", "rlhf_vs_dpo.profiles", profile)
+    return to
+
+
+def run(folder: Path, *command: str, expect: int | None = 0, **env: str) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENV | env, check=False)
+    output = done.stdout + done.stderr
+    assert expect is None or done.returncode == expect, f"{' '.join(map(str, command))} exited {done.returncode}:\n{output[-4000:]}"
+    return output if expect is not None or done.returncode == 0 else f"FAILED\n{output}"
+
+
+def ran(output: str) -> list[str]:
+    """Stages that really ran in the output of `dvc repro`."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def change(folder: Path, path: str, value) -> None:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    params = yaml.load((folder / "params.yaml").read_text())
+    *parents, key = path.split(".")
+    target = params
+    for parent in parents:
+        target = target[parent]
+    target[key] = value
+    with open(folder / "params.yaml", "w") as file:
+        yaml.dump(params, file)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = copy_project(tmp_path_factory.mktemp("smoke") / "project", "smoke")
+    first = run(folder, "dvc", "repro")
+    return folder, first
+
+
+def test_everything_ran_and_a_second_time_nothing_does(smoke):
+    folder, first = smoke
+    assert len(ran(first)) == 19
+    assert ran(run(folder, "dvc", "repro")) == []
+    assert "up to date" in run(folder, "dvc", "status")
+
+
+def test_evaluation_holds_every_policy_and_metric(smoke):
+    folder, _ = smoke
+    evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
+    assert list(evaluation) == ["sft", "ppo", "ppo_ptx", "dpo", "ln_dpo", "simpo"]
+    for entry in evaluation.values():
+        assert set(METRICS) <= entry.keys()
+        for metric in METRICS:
+            assert entry[metric].keys() == {"mean", "low", "high"}
+            assert entry[metric]["low"] <= entry[metric]["mean"] <= entry[metric]["high"]
+    assert evaluation["sft"]["kl"]["mean"] == 0.0 and evaluation["sft"]["win_rate_vs_sft"]["mean"] == 0.5
+
+
+def test_no_prompt_of_test_reached_training(smoke):
+    folder, _ = smoke
+    prompts = schemas.read_table(folder / "data" / "prompts.parquet", "prompts")
+    test = set(prompts.loc[prompts["split"] == "test", "prompt_id"])
+    pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
+    assert test and not test & set(pairs["prompt_id"])
+    demonstrations = schemas.read_table(folder / "data" / "demonstrations.parquet", "demonstrations")
+    assert not test & set(demonstrations.loc[demonstrations["split"] != "test", "prompt_id"])
+    for path in (folder / "heldout").glob("*.parquet"):
+        assert not test & set(schemas.read_table(path, "heldout")["prompt_id"])
+    assert set(schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")["prompt_id"]) <= test
+
+
+def test_models_are_plain_folders(smoke):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder, _ = smoke
+    for name in ("base", "sft", "ppo-0", "dpo-0"):
+        model = AutoModelForCausalLM.from_pretrained(folder / "models" / name)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "models" / name)
+        assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "models" / "reward")
+    assert reward.config.num_labels == 1 and reward.config.reward_shift != 0.0
+    assert not list(folder.rglob("models/**/*.bin")) and not list(folder.rglob("models/**/*.pkl"))
+
+
+def test_demonstrations_score_zero_on_average(smoke):
+    """The normalisation that the reward stage stored is applied when the model is loaded."""
+    from rlhf_vs_dpo import models, text
+    from rlhf_vs_dpo.training.forward import scores
+
+    folder, _ = smoke
+    scorer, (_, tokenizer) = models.load_scorer(folder / "models" / "reward"), models.load_policy(folder / "models" / "sft")
+    rows = schemas.read_table(folder / "data" / "demonstrations.parquet", "demonstrations", "train")
+    examples = text.encode(tokenizer, rows["prompt"], rows["response"], rows["prompt_id"], 256)
+    assert abs(sum(scores(scorer, examples, tokenizer.pad_token_id)) / len(examples)) < 1e-5
+
+
+def test_one_mlflow_run_per_stage_with_the_evaluation_on_it(smoke):
+    from mlflow.tracking import MlflowClient
+
+    folder, _ = smoke
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("rlhf-vs-dpo").experiment_id])
+    assert len(runs) == 19 and {entry.info.status for entry in runs} == {"FINISHED"}
+    by_stage = {entry.data.tags["dvc.stage"]: entry for entry in runs}
+    dpo = by_stage["preference@dpo-0"]
+    assert dpo.info.run_id == json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
+    assert {"evaluation/gold", "evaluation/kl", "heldout/gold", "heldout/reward", "loss"} <= dpo.data.metrics.keys()
+    assert dpo.data.params["preference.dpo.beta"] == "0.1" and dpo.data.tags["family"] == "preference"
+    assert len({tuple(sorted(k for k in by_stage[s].data.metrics if k.startswith("evaluation/"))) for s in ("rl@ppo-0", "preference@dpo-0", "sft")}) == 1
+    assert [a.path for a in client.list_artifacts(by_stage["report"].info.run_id)]
+
+
+def test_the_report_shows_figures_texts_and_cost(smoke):
+    folder, _ = smoke
+    report = (folder / "report" / "report.md").read_text()
+    for needle in ("| ppo_ptx", "## Side by side", "## What it cost", "tokens generated"):
+        assert needle in report
+    figures = {path.name for path in (folder / "report").glob("*.png")}
+    assert {"comparison.png", "training.png", "gold_against_kl.png", "reward_against_kl.png"} <= figures
+    assert all(name in report for name in figures)
+    table = run(folder, sys.executable, "-m", "rlhf_vs_dpo.report", "metrics/evaluation.json")
+    assert table.splitlines()[0].startswith("| policy") and "win vs SFT" in table
+
+
+def test_a_stage_gives_the_same_bytes_twice(smoke):
+    folder, _ = smoke
+
+    def digest():
+        files = [path for name in ("reward", "ppo-0", "dpo-0") for path in sorted((folder / "models" / name).iterdir())]
+        return [hashlib.md5(path.read_bytes()).hexdigest() for path in [*files, folder / "data" / "pairs.parquet"]]
+
+    before = digest()
+    for stage in ("preferences", "reward", "rl@ppo-0", "preference@dpo-0"):
+        run(folder, "dvc", "repro", "--single-item", "--force", "--no-run-cache", stage)
+    assert digest() == before
+    run(folder, "dvc", "repro")
+
+
+def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke):
+    folder, _ = smoke
+    change(folder, "preference.dpo.beta", 0.2)
+    assert ran(run(folder, "dvc", "repro")) == ["preference@dpo-0", "sample_preference@dpo-0", "evaluate", "report"]
+    change(folder, "preference.dpo.beta", 0.1)
+    assert not [stage for stage in ran(run(folder, "dvc", "repro")) if not stage.startswith(("evaluate", "report"))]
+
+
+def test_editing_the_evaluation_retrains_nothing(smoke):
+    folder, _ = smoke
+    path = folder / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert set(ran(run(folder, "dvc", "repro"))) <= {"evaluate", "report"}
+
+
+def test_a_new_variant_becomes_a_row(smoke):
+    folder, _ = smoke
+    change(folder, "preference.dpo_b05", {"loss": "dpo", "beta": 0.5})
+    change(folder, "policies.preference", ["dpo", "ln_dpo", "simpo", "dpo_b05"])
+    output = run(folder, "dvc", "repro")
+    assert ran(output) == ["preference@dpo_b05-0", "sample_preference@dpo_b05-0", "evaluate", "report"]
+    assert "dpo_b05" in json.loads((folder / "metrics" / "evaluation.json").read_text())
+    change(folder, "policies.preference", ["dpo", "ln_dpo", "simpo"])
+
+
+def stage(folder: Path, method: str, reference: str, out: str, expect: int | None = 0, **env: str) -> str:
+    """A preference stage by hand, outside DVC."""
+    return run(
+        folder, sys.executable, "stages/preference.py", "--method", method, "--seed", "0", "--sft", "models/sft",
+        "--pairs", "data/pairs.parquet", "--reference", reference, "--prompts", "data/prompts.parquet", "--world", "data/world",
+        "--out", f"{out}/model", "--heldout", f"{out}/heldout.parquet", "--metrics", f"{out}/metrics.json",
+        "--curves", f"{out}/curves.csv", "--run", f"{out}/run.json", expect=expect, PYTHONPATH="src", **env,
+    )  # fmt: skip
+
+
+def test_simpo_reads_no_reference(smoke):
+    folder, _ = smoke
+    stage(folder, "simpo", "data/no-such-file.parquet", "by-hand/simpo")
+    assert "no-such-file.parquet: no such file" in stage(folder, "dpo", "data/no-such-file.parquet", "by-hand/dpo", expect=1)
+    assert not (folder / "by-hand" / "dpo").exists()
+
+
+def test_two_processes_train_the_same_policy(smoke):
+    from safetensors.torch import load_file
+
+    folder, _ = smoke
+    stage(folder, "dpo", "data/reference.parquet", "by-hand/one")
+    stage(folder, "dpo", "data/reference.parquet", "by-hand/two", RLHF_PROCESSES="2", OMP_NUM_THREADS="1")
+    one, two = (load_file(folder / "by-hand" / name / "model" / "model.safetensors") for name in ("one", "two"))
+    start = load_file(folder / "models" / "sft" / "model.safetensors")
+    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
+    apart = max(float((one[key] - two[key]).abs().max()) for key in one)
+    assert apart < 0.02 * moved
+
+
+# ---- bad input, through the command a user types -----------------------------------------------------------------------
+
+
+def fails(folder: Path, target: str, *needles: str) -> None:
+    """`dvc repro -s target` fails with these words, without a traceback, and leaves no output of the stage."""
+    output = run(folder, "dvc", "repro", "--single-item", "--force", "--no-run-cache", target, expect=255)
+    assert "Traceback" not in output, output[-3000:]
+    for needle in needles:
+        assert needle in output, f"{needle!r} not in:\n{output[-3000:]}"
+
+
+@pytest.fixture
+def broken(smoke, tmp_path):
+    """A throw-away copy of the reproduced smoke project, real files in place of links."""
+    folder = tmp_path / "project"
+    shutil.copytree(smoke[0], folder, ignore=shutil.ignore_patterns("mlartifacts", "by-hand"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_unknown_key_stops_a_stage(broken):
+    change(broken, "sft.training.lr", 1.0)
+    fails(broken, "data", "unknown key `sft.training.lr`")
+
+
+def test_truncated_model_folder(broken):
+    weights = broken / "models" / "sft" / "model.safetensors"
+    rewrite(weights, weights.read_bytes()[:1000])
+    fails(broken, "reference", "models/sft", "corrupt, truncated", "dvc repro")
+    assert not (broken / "data" / "reference.parquet").exists()
+
+
+def test_model_folder_without_config(broken):
+    (broken / "models" / "sft" / "config.json").unlink()
+    fails(broken, "reference", "models/sft", "cannot be loaded")
+
+
+def test_reward_folder_without_normalisation(broken):
+    path = broken / "models" / "reward" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["reward_shift"]
+    rewrite(path, json.dumps(settings).encode())
+    fails(broken, "rl@ppo-0", "models/reward", "reward_shift")
+    assert not (broken / "models" / "ppo-0").exists()
+
+
+def test_prompt_longer_than_the_context(broken):
+    path = broken / "data" / "prompts.parquet"
+    prompts = pd.read_parquet(path)
+    prompts.loc[0, "prompt"] = "the cat " * 200
+    rewrite(path, b"")
+    prompts.to_parquet(path)
+    fails(broken, "preferences", prompts.loc[0, "prompt_id"], "longer than the model's context of 256 tokens")
+    assert not (broken / "data" / "pairs.parquet").exists()
+
+
+def test_pairs_that_break_their_contract(broken):
+    path = broken / "data" / "pairs.parquet"
+    pairs = pd.read_parquet(path)
+    pairs.loc[1, "rejected"] = pairs.loc[1, "chosen"]
+    rewrite(path, b"")
+    pairs.to_parquet(path)
+    fails(broken, "reward", "data/pairs.parquet", "row 1", "chosen equals rejected")
+
+
+def test_a_diverging_run_saves_nothing(broken):
+    change(broken, "preference.dpo.learning_rate", 1.0e38)
+    fails(broken, "preference@dpo-0", "learning rate", "batch: pair-")
+    assert not (broken / "models" / "dpo-0").exists() and not (broken / "runs" / "dpo-0.json").exists()
+
+
+# ---- a user's own preferences ----------------------------------------------------------------------------------------
+
+
+def own_rows(form: str) -> list[dict]:
+    rows = []
+    for i in range(60):
+        question, good, bad = f"What comes after {i} ?", f" It is {i + 1}, of course.", f" I do not know {i}."
+        match form:
+            case "explicit":
+                rows.append({"prompt": question, "chosen": good, "rejected": bad})
+            case "implicit":
+                rows.append({"chosen": f"\n\nHuman: {question}\n\nAssistant:{good}", "rejected": f"\n\nHuman: {question}\n\nAssistant:{bad}"})
+            case "conversational":
+                say = [{"role": "user", "content": question}]
+                rows.append(
+                    {"chosen": [*say, {"role": "assistant", "content": good.strip()}], "rejected": [*say, {"role": "assistant", "content": bad.strip()}]}
+                )
+    return rows
+
+
+@pytest.mark.parametrize("form", ["explicit", "implicit", "conversational"])
+def test_own_preferences_go_through_the_whole_graph(form, tmp_path):
+    folder = copy_project(tmp_path / "project", "smoke")
+    (folder / "mine.jsonl").write_text("\n".join(json.dumps(row) for row in own_rows(form)))
+    change(folder, "data.source", "files")
+    change(folder, "data.files.preferences", "mine.jsonl")
+    change(folder, "data.files.splits", {"validation": 0.2, "test": 0.2, "limit": None})
+    change(folder, "preferences.source", "dataset")
+    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"]})
+    change(folder, "seeds", [0, 1] if form == "explicit" else [0])
+    config.check(config.read_params(folder / "params.yaml"))
+    run(folder, "dvc", "repro")
+    evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
+    assert list(evaluation) == (["sft", "ppo-0", "ppo-1", "dpo-0", "dpo-1"] if form == "explicit" else ["sft", "ppo", "dpo"])
+    assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
+    assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
+    pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
+    assert pairs["chosen"].str.contains("of course").all()
