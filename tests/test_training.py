@@ -194,7 +194,7 @@ def test_step_0_loss_is_log_2(tokenizer, examples, loss):
 
 
 def test_a_foreign_reference_stops_the_run(tokenizer, examples):
-    with pytest.raises(TrainingError, match="step-0 invariant broken.*Likely causes"):
+    with pytest.raises(TrainingError, match=r"step-0 invariant broken.*Likely causes"):
         run_pairs(tokenizer, examples, variant("dpo"), stored(tokenizer, examples, shift=0.1))
 
 

@@ -27,6 +27,14 @@ def on_all_devices() -> None:
         processes = int(os.environ.get("RLHF_PROCESSES", max(torch.cuda.device_count(), 1)))
         if processes < 2:
             return
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            "--",
+        ]
     os.environ["RLHF_LAUNCHED"] = "1"  # whatever a launcher does, its children do not launch again
     os.execvp(command[0], [*command, *sys.argv])

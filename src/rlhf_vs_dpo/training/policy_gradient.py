@@ -101,6 +101,7 @@ def train(
     budget = token_budget(policy.model)
     rng = np.random.default_rng(seed)  # the same on every process
     ptx_rng = np.random.default_rng([seed, 1])  # of its own, so that PPO-ptx sees the prompts that PPO sees
+    minibatch_rng = np.random.default_rng([seed, 2])  # of its own, for shares of unequal size consume it unequally
     queue: list[int] = []
     beta = settings.kl_coefficient
     trained = generated = 0
@@ -121,7 +122,7 @@ def train(
                 check_start(actor.module, critic.module, reward, experience, metrics, tokenizer.pad_token_id)
             generated += int(metrics["tokens_total"])
             updates = update(
-                accelerate, actor, critic, experience, corpus, settings, rng, ptx_rng, tokenizer.pad_token_id, budget,
+                accelerate, actor, critic, experience, corpus, settings, minibatch_rng, ptx_rng, tokenizer.pad_token_id, budget,
                 train_policy=iteration >= settings.value_warmup,
             )  # fmt: skip
             trained += int(updates.pop("tokens_trained"))
