@@ -58,7 +58,7 @@ def markdown(rows: list[list[str]]) -> str:
     """Rows (the first one the heading) as an aligned Markdown table."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = [" | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "-|-".join("-" * width for width in widths)
+    rule = " | ".join("-" * width for width in widths)
     return "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
 
 
@@ -119,7 +119,6 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
 
     def save(figure, name: str, caption: str) -> None:
         path = folder / f"{name}.png"
-        figure.tight_layout()
         figure.savefig(path, metadata={"Software": None})
         plt.close(figure)
         drawn[caption] = path
@@ -130,7 +129,12 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
         if any(row[m]["mean"] is not None for row in evaluation.values())
     ]
     figure, axes = plt.subplots(
-        1, len(measured), figsize=(4.2 * len(measured), 0.45 * len(policies) + 1.6), sharey=True, squeeze=False
+        1,
+        len(measured),
+        figsize=(4.2 * len(measured), 0.45 * len(policies) + 1.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, metric in zip(axes[0], measured, strict=True):
         for row, policy in enumerate(policies):
@@ -152,7 +156,7 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
         lines = [policy for policy in trained if policy.heldout[metric].notna().any()]
         if not lines:
             continue
-        figure, axis = plt.subplots(figsize=(6.4, 4.2))
+        figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         for policy in lines:
             axis.plot(
                 policy.heldout["kl"],
@@ -177,7 +181,9 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
             for n in ("gold", "reward", "kl", "tokens", "filler", "finished")
             if any(p.heldout[n].notna().any() for p in trained)
         ]
-        figure, axes = plt.subplots(-(-len(names) // 3), 3, figsize=(12, 3.2 * -(-len(names) // 3)), squeeze=False)
+        figure, axes = plt.subplots(
+            -(-len(names) // 3), 3, figsize=(12, 3.2 * -(-len(names) // 3)), squeeze=False, layout="constrained"
+        )
         for axis, name in zip(axes.flat, names, strict=False):
             for policy in trained:
                 share = policy.heldout["step"] / policy.heldout["step"].max()
@@ -186,8 +192,38 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
             axis.set_xlabel("share of training")
         for axis in axes.flat[len(names) :]:
             axis.axis("off")
-        axes.flat[0].legend()
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(trained))
         save(figure, "training", "What changes while each method trains (validation prompts)")
+
+    panels = [  # (metric of a training curve, title, how to draw it)
+        ("pairs/accuracy", "implicit-reward accuracy", "-"),
+        ("pairs/margin", "implicit-reward margin", "-"),
+        ("pairs/chosen_logp", "log π: chosen (line), rejected (dotted)", "-"),
+        ("rollout/score", "RM score of episodes", "-"),
+        ("rollout/explained_variance", "explained variance of the value", "-"),
+        ("update/clip_fraction", "share of ratios clipped", "-"),
+    ]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
+    for axis, (metric, title, style) in zip(axes.flat, panels, strict=True):
+        for policy in trained:
+            if policy.curve is None or metric not in policy.curve:
+                continue
+            lines = [(metric, style)] + ([("pairs/rejected_logp", ":")] if metric == "pairs/chosen_logp" else [])
+            for name, drawn_as in lines:
+                # A batch is noisy: a centred mean over a twentieth of the run shows where it goes.
+                smooth = policy.curve[name].rolling(max(1, len(policy.curve) // 20), center=True, min_periods=1).mean()
+                axis.plot(
+                    policy.curve["step"],
+                    smooth,
+                    drawn_as,
+                    color=colour[policy.name],
+                    label=policy.name if drawn_as == "-" else None,
+                )
+        axis.set_title(title)
+        axis.set_xlabel("step" if metric.startswith("pairs") else "iteration")
+        if axis.lines:
+            axis.legend(fontsize="small")
+    save(figure, "learning", "Training curves: the preference family above, the RL family below")
     return drawn
 
 
