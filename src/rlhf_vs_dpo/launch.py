@@ -1,8 +1,8 @@
 """The same stage command on a laptop, one GPU or several: a stage that can use more processes starts them itself.
 
 Hardware is no dependency of a stage, so it is not in dvc.yaml: with several visible GPUs a training stage replaces itself
-by `torchrun` of itself, whose environment Accelerate reads. RLHF_PROCESSES sets the number (2 on a CPU works, for testing); RLHF_LAUNCH replaces the
-whole launcher, for several nodes ("accelerate launch --config_file cluster.yaml").
+by `torchrun` of itself, whose environment Accelerate reads. RLHF_PROCESSES sets the number of processes (2 on a CPU works,
+for testing); RLHF_LAUNCH replaces the launcher, for several nodes ("accelerate launch --config_file cluster.yaml").
 """
 
 import os

@@ -12,6 +12,8 @@ from rlhf_vs_dpo.schemas import validate
 from rlhf_vs_dpo.sources import Tables
 from rlhf_vs_dpo.sources.forms import Render, derived, prompt_id, split_of, to_pairs
 
+WATCHED = Path("data/own")  # a dependency of the `data` stage
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL or parquet file. Raises DataError naming the file, and the line where one is not JSON."""
@@ -46,6 +48,11 @@ def build(settings: Files, render: Render) -> Tables:
     if settings.preferences is None:
         raise DataError("params.yaml: `data.files.preferences` is null; name your JSONL or parquet file there")
     path = Path(settings.preferences)
+    for given in filter(None, (settings.preferences, settings.demonstrations, settings.corpus)):
+        if not Path(given).resolve().is_relative_to(WATCHED.resolve()):
+            print(
+                f"note: {given} is outside {WATCHED}/, so that DVC sees its name alone; after a change: dvc repro --force data"
+            )
     pairs = to_pairs(read_rows(path)[: settings.splits.limit], str(path), render, settings.splits, settings.turn_marker)
     tables = derived(pairs)
     if settings.demonstrations:
