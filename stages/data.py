@@ -17,6 +17,7 @@ def main(
     """Build corpus, demonstrations, prompts, pairs of the data set (if it has any), facts and the gold reward."""
     with tracking.stage("data", []) as run:
         from rlhf_vs_dpo import schemas
+        from rlhf_vs_dpo.errors import DataError
         from rlhf_vs_dpo.sources import Tables, files, forms, hub, imdb, mini_tldr
 
         settings = run.section("data")
@@ -44,6 +45,16 @@ def main(
         for name, frame in named.items():  # all are checked before the first is written
             if name != "dataset_pairs" or len(frame):
                 schemas.validate(frame, "pairs" if name == "dataset_pairs" else name, f"{settings.source}: {name}")
+        for name, splits in (
+            ("corpus", ("train", "validation")),
+            ("demonstrations", schemas.SPLITS),
+            ("prompts", schemas.SPLITS),
+        ):
+            lost = [split for split in splits if not (named[name]["split"] == split).any()]
+            if lost:
+                raise DataError(
+                    f"{settings.source}: no row of {name} has split {', '.join(lost)}; give more rows, or other shares in `data`"
+                )
         for name, frame in named.items():
             schemas.write_table(frame, name, out / f"{name}.parquet")
         world = out / "world"

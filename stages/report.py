@@ -35,7 +35,7 @@ def main(
 
         def curve(name: str):
             path = curves / f"{name}.csv"
-            return pd.read_csv(path) if path.exists() else None
+            return pd.read_csv(path) if path.exists() and path.stat().st_size > 1 else None
 
         policies = [
             report.Policy(

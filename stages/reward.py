@@ -73,8 +73,8 @@ def main(
         }
         scores = (raw - scorer.model.config.reward_shift) / scorer.model.config.reward_scale
         table = demos[["prompt_id", "split", "response"]].assign(reward=scores)[demos["split"] != "train"]
-        models.save(scorer.model, tokenizer, out)
         schemas.write_table(table.reset_index(drop=True), "demonstration_scores", demonstration_scores)
+        models.save(scorer.model, tokenizer, out)
         run.curve(curves)
         run.finish(report, metrics, settings.training.steps)
 

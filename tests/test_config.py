@@ -80,6 +80,20 @@ def test_policy_names():
         ("rl.defaults.minibatches", 3, "episodes (128) must be a multiple of minibatches (3)"),
         ("policies.preference", ["dpo", "orpo"], "lists 'orpo', but there is no `preference.orpo`"),
         ("policies.preference", ["dpo", "dpo"], "lists a method twice"),
+        ("rl.ppo", 3, "`rl.ppo` is 3; a method is a map of keys"),
+        ("rl.defaults.value_warmup", 60, "value_warmup (60) must be below iterations (60)"),
+        ("policies.preference", ["sft"], "names are taken by stages"),
+        ("policies", [], "`policies` is []"),
+        ("seeds", [0, 0], "`seeds` holds a seed twice"),
+        ("seed", "0", "`seed` is '0'"),
+        ("sft.training.learning_rate", float("inf"), "`sft.training.learning_rate` is inf"),
+        ("data.imdb.prompt_words", [8, 2], "prompt_words must be the least and the most"),
+        ("data.files.splits", {"validation": 0.6, "test": 0.6, "limit": None}, "leave something for train"),
+        ("base.scratch.heads", 9, "must be an even multiple of heads"),
+        ("data.source", "files", "`data.files.preferences` names none"),
+        ("preferences.source", "dataset", "which needs `preferences.source: annotator`"),
+        ("report.examples", 501, "`report.examples` is more than `sample.prompts`"),
+        ("sampling.max_new_tokens", 256, "leaves no room for a prompt"),
         ("data.mini_tldr.flaws.omit", 1.5, "`data.mini_tldr.flaws.omit` is 1.5"),
     ],
 )
@@ -113,6 +127,12 @@ def test_missing_keys_are_named(params, path):
         config.check(params)
     except ParamsError as error:
         assert key in str(error)
+
+
+@pytest.mark.parametrize("whole", [[], "text", 3])
+def test_params_that_are_no_map(whole):
+    with pytest.raises(ParamsError, match="must be a map of sections"):
+        config.check(whole)
 
 
 def test_all_faults_are_reported_together(params):

@@ -117,11 +117,13 @@ def test_scores_do_not_depend_on_padding(tokenizer, examples):
     config.reward_shift, config.reward_scale = 0.25, 2.0
     scorer = Scorer(LlamaForSequenceClassification(config).eval())
     with torch.no_grad():
-        alone = [scorer.at_end(collate([example], tokenizer.pad_token_id)).item() for example in examples]
+        alone = [
+            last(scorer(batch := collate([example], tokenizer.pad_token_id)), batch.response_mask).item()
+            for example in examples
+        ]
         for side in ("left", "right"):
-            assert scorer.at_end(collate(examples, tokenizer.pad_token_id, side)).tolist() == pytest.approx(
-                alone, abs=1e-5
-            )
+            batch = collate(examples, tokenizer.pad_token_id, side)
+            assert last(scorer(batch), batch.response_mask).tolist() == pytest.approx(alone, abs=1e-5)
         hidden = scorer.model.base_model(
             torch.tensor([[*examples[0].prompt, *examples[0].response]])
         ).last_hidden_state[0, -1]

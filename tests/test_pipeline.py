@@ -110,6 +110,89 @@ def test_no_prompt_of_test_reached_training(smoke):
     assert set(schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")["prompt_id"]) <= test
 
 
+def test_training_stages_read_nothing_of_test(smoke):
+    """SFT, reward and PPO give the same bytes when every row of the test split is gone from the tables they read."""
+    folder, _ = smoke
+    out = folder / "by-hand" / "leak"
+    out.mkdir(parents=True)
+    for name in ("prompts", "demonstrations"):
+        table = pd.read_parquet(folder / "data" / f"{name}.parquet")
+        table[table["split"] != "test"].to_parquet(out / f"{name}.parquet", index=False)
+    prompts, demonstrations = str(out / "prompts.parquet"), str(out / "demonstrations.parquet")
+    cell = [f"--seed=0 --sft=models/sft --prompts={prompts} --world=data/world --heldout={out}/h.parquet"]
+    commands = {
+        "sft": f"--base=models/base --demonstrations={demonstrations}",
+        "reward": f"--sft=models/sft --pairs=data/pairs.parquet --prompts={prompts} --demonstrations={demonstrations} "
+        f"--world=data/world --demonstration-scores={out}/scores.parquet",
+        "rl": f"--method=ppo --reward=models/reward --corpus=data/corpus.parquet {cell[0]}",
+    }
+    for stage_name, options in commands.items():
+        place = out / stage_name
+        ends = f"--out={place} --metrics={place}.json --curves={place}.csv --run={place}-run.json"
+        run(folder, sys.executable, f"stages/{stage_name}.py", *options.split(), *ends.split(), PYTHONPATH="src")
+        made = folder / "models" / {"rl": "ppo-0"}.get(stage_name, stage_name)
+        assert (place / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes(), stage_name
+
+
+def test_samples_carry_their_own_log_probabilities(smoke):
+    """log pi under the policy and log ref under SFT, recomputed from the text, and the gold reward of the text."""
+    from rlhf_vs_dpo import gold, models, text
+    from rlhf_vs_dpo.logprobs import Policy
+    from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+
+    folder, _ = smoke
+    samples = schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")
+    samples = samples[samples["finished"] & samples["response"].str.strip().ne("")].reset_index(drop=True)
+    prompts = schemas.read_table(folder / "data" / "prompts.parquet", "prompts").set_index("prompt_id")
+    asked = prompts.loc[samples["prompt_id"]].reset_index()
+    assert len(samples) > 3
+    for column, name in (("logp", "dpo-0"), ("reference_logp", "sft")):
+        model, tokenizer = models.load_policy(folder / "models" / name)
+        tokens = text.encode(tokenizer, asked["prompt"], samples["response"], samples["prompt_id"], 256)
+        assert log_likelihoods(Policy(model, 1.0), tokens, 3) == pytest.approx(samples[column].tolist(), abs=1e-3)
+    assert scores(models.load_scorer(folder / "models" / "reward"), tokens, 3) == pytest.approx(
+        samples["reward"].tolist(), abs=1e-3
+    )
+    judged = gold.columns(gold.load(folder / "data" / "world"), asked["prompt"], asked["facts"], samples["response"])
+    assert judged["gold"].tolist() == pytest.approx(samples["gold"].tolist())
+
+
+def test_the_annotator_prefers_what_is_worth_more(smoke):
+    folder, _ = smoke
+    metrics = json.loads((folder / "metrics" / "preferences.json").read_text())
+    assert metrics["gold"]["chosen"] > metrics["gold"]["rejected"]
+    assert metrics["annotator_agrees_with_gold"] > 0.5 and metrics["annotator_mean_p_chosen"] > 0.5
+
+
+def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
+    """Pairs in which every chosen response is one sentence and every rejected another: both stages must see which is which."""
+    folder, _ = smoke
+    out = folder / "by-hand" / "planted"
+    out.mkdir(parents=True)
+    pairs = pd.read_parquet(folder / "data" / "pairs.parquet").assign(
+        chosen="i feel happy .", rejected="to be honest , we had a fight ."
+    )
+    pairs.to_parquet(out / "pairs.parquet", index=False)
+    before = (folder / "params.yaml").read_text()
+    change(folder, "reward.training.steps", 30)
+    change(folder, "reward.training.learning_rate", 0.01)
+    ends = lambda name: (
+        f"--out={out}/{name} --metrics={out}/{name}.json --curves={out}/{name}.csv --run={out}/{name}-run.json"
+    )  # noqa: E731
+    tables = "--sft=models/sft --prompts=data/prompts.parquet --world=data/world " + f"--pairs={out}/pairs.parquet"
+    reward = (
+        f"{tables} --demonstrations=data/demonstrations.parquet --demonstration-scores={out}/s.parquet {ends('reward')}"
+    )
+    simpo = f"--method=simpo --seed=0 --reference=none {tables} --heldout={out}/h.parquet {ends('simpo')}"
+    run(folder, sys.executable, "stages/reward.py", *reward.split(), PYTHONPATH="src")
+    run(folder, sys.executable, "stages/preference.py", *simpo.split(), PYTHONPATH="src")
+    (folder / "params.yaml").write_text(before)
+    assert json.loads((out / "reward.json").read_text())["accuracy"] > 0.95
+    curve = pd.read_csv(out / "simpo.csv")
+    assert (curve["pairs/chosen_tokens"] == 5).all() and (curve["pairs/rejected_tokens"] == 10).all()
+    assert curve["pairs/margin"].iloc[-1] > curve["pairs/margin"].iloc[0]
+
+
 def test_models_are_plain_folders(smoke):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -239,6 +322,37 @@ def test_two_processes_train_the_same_policy(smoke):
     stage(folder, "dpo", "data/reference.parquet", "by-hand/one")
     stage(folder, "dpo", "data/reference.parquet", "by-hand/two", RLHF_PROCESSES="2", OMP_NUM_THREADS="1")
     one, two = (load_file(folder / "by-hand" / name / "model" / "model.safetensors") for name in ("one", "two"))
+    start = load_file(folder / "models" / "sft" / "model.safetensors")
+    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
+    apart = max(float((one[key] - two[key]).abs().max()) for key in one)
+    assert apart < 0.02 * moved
+
+
+def test_two_processes_reinforce_the_same_policy(smoke):
+    """PPO-ptx with two minibatches: episodes, whitening and minibatches are global."""
+    from safetensors.torch import load_file
+
+    folder, _ = smoke
+    before = (folder / "params.yaml").read_text()
+    change(folder, "rl.defaults.minibatches", 2)
+    for processes in ("1", "2"):
+        out = f"by-hand/rl-{processes}"
+        options = (
+            "--method=ppo_ptx --seed=0 --sft=models/sft --reward=models/reward --prompts=data/prompts.parquet "
+            "--corpus=data/corpus.parquet --world=data/world "
+            f"--out={out}/model --heldout={out}/h.parquet --metrics={out}/m.json --curves={out}/c.csv --run={out}/r.json"
+        )
+        run(
+            folder,
+            sys.executable,
+            "stages/rl.py",
+            *options.split(),
+            PYTHONPATH="src",
+            RLHF_PROCESSES=processes,
+            OMP_NUM_THREADS="1",
+        )
+    (folder / "params.yaml").write_text(before)
+    one, two = (load_file(folder / "by-hand" / f"rl-{n}" / "model" / "model.safetensors") for n in (1, 2))
     start = load_file(folder / "models" / "sft" / "model.safetensors")
     moved = max(float((one[key] - start[key]).abs().max()) for key in one)
     apart = max(float((one[key] - two[key]).abs().max()) for key in one)

@@ -13,6 +13,7 @@ from test_text import TRICKY
 
 from rlhf_vs_dpo import config, models, text
 from rlhf_vs_dpo.config import Base
+from rlhf_vs_dpo.errors import DataError
 
 pytestmark = pytest.mark.real
 
@@ -44,6 +45,10 @@ def test_pad_is_a_token_of_its_own(smollm2):
 def test_joins_on_tricky_strings(smollm2, prompt):
     _, tokenizer = smollm2
     for response in TRICKY:
+        if "<|im_end|>" in response:  # its EOS, spelt out
+            with pytest.raises(DataError, match="control token"):
+                text.encode(tokenizer, pd.Series([prompt]), pd.Series([response]), pd.Series(["r"]), 4096)
+            continue
         (tokens,) = text.encode(tokenizer, pd.Series([prompt]), pd.Series([response]), pd.Series(["r"]), 4096)
         (alone,) = text.encode(tokenizer, pd.Series(["x"]), pd.Series([response]), pd.Series(["r"]), 4096)
         assert tokens.response == alone.response and tokens.response[-1] == tokenizer.eos_token_id
@@ -80,8 +85,8 @@ def test_log_probabilities_and_generation_of_a_real_model(smollm2):
 
 def test_the_whole_graph_on_real_reviews(gguf, tmp_path):
     folder = copy_project(tmp_path / "project", "imdb_smoke")
-    (folder / "models" / "smollm2").mkdir(parents=True)
-    shutil.copy2(gguf, folder / "models" / "smollm2")
+    (folder / "data" / "own" / "smollm2").mkdir(parents=True)
+    shutil.copy2(gguf, folder / "data" / "own" / "smollm2")
     run(folder, "dvc", "repro")
     evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
     assert list(evaluation) == ["sft", "ppo", "ppo_ptx", "dpo", "ln_dpo", "simpo"]

@@ -70,6 +70,7 @@ def test_conversational_without_a_template_is_plain_text():
             {"prompt": [{"text": "x"}], "chosen": [assistant("y")], "rejected": [assistant("z")]},
             "needs `role` and `content`",
         ),
+        ({"prompt": [user(None)], "chosen": [assistant("y")], "rejected": [assistant("z")]}, "both text"),
         ({"chosen": [assistant("y")], "rejected": [assistant("z")]}, "no message before the answer"),
         ({"prompt": 3, "chosen": "y", "rejected": "z"}, "must all be text"),
     ],
@@ -149,6 +150,8 @@ def test_own_demonstrations_and_corpus(tmp_path):
     "text, message",
     [
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{oops\n', "mine.jsonl, line 2: not JSON"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": "high"}\n', "row 0: `p_chosen` must be a number"),
+        ('{"prompt": "a\\ud800", "chosen": "b", "rejected": "c"}\n', "line 1: holds no usable text"),
         ("[1]\n", "line 1: not a JSON object"),
         ("", "holds no row"),
         ('{"prompt": "a", "chosen": "b"}\n', "mine.jsonl, row 0: column 'rejected' is missing"),
@@ -168,6 +171,25 @@ def test_bad_files_are_refused_by_place(text, message, tmp_path):
     with pytest.raises(DataError) as error:
         files.build(settings(path), RENDER)
     assert message in str(error.value)
+
+
+def test_what_editors_do_to_files(tmp_path):
+    """A BOM, Windows line ends and a Unicode line separator inside a string are no fault; another encoding is."""
+    rows = [{"prompt": f"q {i}", "chosen": " a\u2028b", "rejected": " c"} for i in range(40)]
+    path = tmp_path / "MINE.JSONL"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert len(files.build(settings(path), RENDER).dataset_pairs) == 40
+    path.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        files.build(settings(path), RENDER)
+
+
+def test_a_template_that_is_not_valid():
+    with pytest.raises(DataError, match="not valid Jinja"):
+        forms.chat_renderer("{% for m in messages %}", None)
+    refusing = forms.chat_renderer("{{ raise_exception('no system role') }}", None)
+    with pytest.raises(DataError, match="no system role"):
+        refusing([user("hi")], True)
 
 
 def test_missing_and_unknown_files(tmp_path):

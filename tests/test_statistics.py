@@ -93,6 +93,14 @@ def test_sft_against_itself_is_a_draw():
     }
 
 
+def test_the_better_policy_wins():
+    better, kept = tables([3.0, 3.0, 3.0, 3.0])
+    sft, _ = tables([1.0, 1.0, 3.0, 1.0])
+    demos = pd.DataFrame({"prompt_id": ["p0", "p1"], "gold": [2.0, 5.0], "reward": 0.0})
+    result = policy(better, kept, sft, demos, Bootstrap.of(sft, kept, 200, 0))
+    assert result["win_rate_vs_sft"]["mean"] == 0.875 and result["win_rate_vs_demonstration"]["mean"] == 0.5
+
+
 def test_without_gold_the_reward_model_judges_and_the_rest_is_null():
     ours, kept = tables([np.nan] * 4)
     demos = pd.DataFrame({"prompt_id": ["p0", "p1"], "gold": np.nan, "reward": [0.0, 2.0]})

@@ -198,6 +198,42 @@ def test_a_foreign_reference_stops_the_run(tokenizer, examples):
         run_pairs(tokenizer, examples, variant("dpo"), stored(tokenizer, examples, shift=0.1))
 
 
+def test_a_foreign_reference_of_the_rejected_stops_the_run_too(tokenizer, examples):
+    reference = stored(tokenizer, examples)
+    reference["rejected_logp"] -= 5.0
+    with pytest.raises(TrainingError, match="rejected responses"):
+        run_pairs(tokenizer, examples, variant("dpo"), reference)
+
+
+def test_pairs_that_are_one_to_the_tokenizer_are_refused(tokenizer, examples):
+    from rlhf_vs_dpo.errors import DataError
+
+    policy = Policy(small_model(tokenizer), 1.0)
+    with pytest.raises(DataError, match="b: chosen and rejected are the same tokens"):
+        preference.train(
+            policy,
+            examples[:2],
+            [examples[5], examples[1]],
+            ["a", "b"],
+            None,
+            3,
+            variant("simpo"),
+            0,
+            NoWatch(),
+            silent,
+            "x",
+        )
+
+
+def test_a_last_step_that_diverges_is_noticed(tokenizer, examples):
+    wild = TRAINING.model_copy(update={"steps": 1, "batch": 12, "learning_rate": 1e38, "schedule": "constant"})
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    with pytest.raises(TrainingError, match="not finite"):
+        supervised.likelihood(policy, examples, ["r"] * 12, tokenizer.pad_token_id, wild, 0, silent, "x")
+    with pytest.raises(TrainingError, match=r"not finite.*last batch: p"):
+        run_ppo(tokenizer, rl_settings(iterations=1, epochs=1, learning_rate=1e38, schedule="constant"))
+
+
 def test_simpo_needs_no_reference(tokenizer, examples):
     rows = []
     run_pairs(tokenizer, examples, variant("simpo"), None, lambda m, s: rows.append(m))

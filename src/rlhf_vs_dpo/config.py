@@ -23,7 +23,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 class Section(BaseModel):
     """A section of params.yaml: nothing unknown, nothing coerced, nothing changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -56,6 +56,12 @@ class Splits(Section):
     test: Share
     limit: Count | None
 
+    @model_validator(mode="after")
+    def _leave_some(self) -> "Splits":
+        if not (self.validation > 0 and self.test > 0 and self.validation + self.test < 1):
+            raise ValueError("validation and test must be above 0 and leave something for train")
+        return self
+
 
 class Hub(Section):
     name: str | None
@@ -87,6 +93,12 @@ class Imdb(Section):
     prompt_words: Annotated[list[Count], Field(min_length=2, max_length=2)]
     response_words: Count
 
+    @model_validator(mode="after")
+    def _ordered(self) -> "Imdb":
+        if self.prompt_words[0] > self.prompt_words[1]:
+            raise ValueError("prompt_words must be the least and the most words, in this order")
+        return self
+
 
 class Data(Section):
     source: Literal["mini_tldr", "imdb", "hub", "files"]
@@ -109,6 +121,12 @@ class Scratch(Section):
     feed_forward: Count
     context: Count
     bpe_vocabulary: Annotated[int, Field(ge=260)]
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Scratch":
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(f"width ({self.width}) must be an even multiple of heads ({self.heads})")
+        return self
 
 
 class Training(Section):
@@ -170,7 +188,6 @@ class Monitor(Section):
 
 
 class Rl(Section):
-    algorithm: Literal["ppo"]
     iterations: Count
     episodes: Count
     epochs: Count
@@ -196,6 +213,8 @@ class Rl(Section):
     def _divides(self) -> "Rl":
         if self.episodes % self.minibatches:
             raise ValueError(f"episodes ({self.episodes}) must be a multiple of minibatches ({self.minibatches})")
+        if self.value_warmup >= self.iterations:
+            raise ValueError(f"value_warmup ({self.value_warmup}) must be below iterations ({self.iterations})")
         return self
 
 
@@ -291,7 +310,10 @@ def section(params: dict[str, Any], name: str, method: str | None = None, place:
     try:
         values = params[name]
         if method:
-            values = {**values["defaults"], **(values[method] or {})}
+            entry = {} if values[method] is None else values[method]
+            if not isinstance(entry, dict):
+                raise ParamsError(f"{place}: `{key}` is {entry!r}; a method is a map of keys")
+            values = {**values["defaults"], **entry}
     except (KeyError, TypeError) as error:
         lost = error.args[0] if isinstance(error, KeyError) else key
         raise ParamsError(f"{place}: missing key `{lost if lost == name else f'{name}.{lost}'}`") from None
@@ -300,7 +322,7 @@ def section(params: dict[str, Any], name: str, method: str | None = None, place:
 
 def _validated(kind: Any, values: Any, key: str, place: str) -> Any:
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_python(values, strict=True)
     except ValidationError as errors:
         raise ParamsError("\n".join(_explain(error, key, place) for error in errors.errors())) from None
 
@@ -319,11 +341,15 @@ def _explain(error: Any, key: str, place: str) -> str:
             return f"{place}: `{dotted}.loss` is {error['ctx']['tag']!r}, which is no known loss ({known})"
         case "union_tag_not_found":
             return f"{place}: missing key `{dotted}.loss`"
+    if error["type"] == "value_error":  # keys that do not fit together
+        return f"{place}: `{dotted}`: {error['ctx']['error']}"
     return f"{place}: `{dotted}` is {error['input']!r}: {error['msg']}"
 
 
 def check(params: dict[str, Any], place: str = "params.yaml") -> None:
     """Validate a whole params.yaml, every method of it included; all faults are reported together."""
+    if not isinstance(params, dict):
+        raise ParamsError(f"{place}: must be a map of sections, not {type(params).__name__}")
     faults = [
         f"{place}: unknown key `{key}`; check its spelling, or remove it" for key in params.keys() - SECTIONS.keys()
     ]
@@ -334,8 +360,10 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
         except ParamsError as error:
             faults.append(str(error))
 
-    for name in SECTIONS.keys() - set(FAMILIES):
+    for name in SECTIONS.keys() - {*FAMILIES, "policies"}:
         attempt(name)
+    policies = attempt("policies")
+    listed = {family: list(getattr(policies, family)) for family in FAMILIES} if policies else {}
     for family in FAMILIES:
         entries = params.get(family)
         if not isinstance(entries, dict) or not isinstance(entries.get("defaults"), dict):
@@ -343,20 +371,42 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
             continue
         for method in entries.keys() - {"defaults"}:
             attempt(family, method)
-        chosen = (params.get("policies") or {}).get(family) or []
-        for method in chosen:
+        for method in listed.get(family, []):
             if method not in entries or method == "defaults":
                 faults.append(f"{place}: `policies.{family}` lists {method!r}, but there is no `{family}.{method}`")
-        if len(set(chosen)) < len(chosen):
+        if len(set(listed.get(family, []))) < len(listed.get(family, [])):
             faults.append(f"{place}: `policies.{family}` lists a method twice")
-    both = set((params.get("policies") or {}).get("rl") or []) & set(
-        (params.get("policies") or {}).get("preference") or []
-    )
+    twice = set(listed.get("rl", [])) & set(listed.get("preference", []))
     faults += [
-        f"{place}: {name!r} is listed under both `policies.rl` and `policies.preference`" for name in sorted(both)
+        f"{place}: {name!r} is listed under both `policies.rl` and `policies.preference`" for name in sorted(twice)
     ]
+    if {"sft", "base", "reward"} & {name for names in listed.values() for name in names}:
+        faults.append(f"{place}: `policies` lists sft, base or reward; these names are taken by stages, choose another")
+    seeds = params.get("seeds")
+    if isinstance(seeds, list) and len(set(map(str, seeds))) < len(seeds):
+        faults.append(f"{place}: `seeds` holds a seed twice")
+    faults += _disagreements(params, place) if not faults else []
     if faults:
         raise ParamsError("\n".join(sorted(dict.fromkeys(faults))))
+
+
+def _disagreements(params: dict[str, Any], place: str) -> list[str]:
+    """Sections that are each right and do not fit together: better said now than after an hour of training."""
+    data, base = section(params, "data"), section(params, "base")
+    faults = []
+    if data.source == "files" and data.files.preferences is None:
+        faults.append(f"{place}: `data.source` is files, and `data.files.preferences` names none")
+    if data.source == "hub" and data.hub.name is None:
+        faults.append(f"{place}: `data.source` is hub, and `data.hub.name` names none")
+    own_pairs = section(params, "preferences").source == "dataset"
+    if own_pairs != (data.source in ("hub", "files")):
+        needed = "dataset" if data.source in ("hub", "files") else "annotator"
+        faults.append(f"{place}: `data.source` is {data.source}, which needs `preferences.source: {needed}`")
+    if base.pretrained is None and section(params, "sampling").max_new_tokens >= base.scratch.context:
+        faults.append(f"{place}: `sampling.max_new_tokens` leaves no room for a prompt in `base.scratch.context`")
+    if section(params, "report").examples > section(params, "sample").prompts:
+        faults.append(f"{place}: `report.examples` is more than `sample.prompts`")
+    return faults
 
 
 def policy_names(policies: Policies, seeds: list[int]) -> dict[str, str]:

@@ -52,13 +52,7 @@ class Policy(nn.Module):
         self.temperature = temperature
 
     def forward(self, batch: Batch) -> TokenLogprobs:
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions(batch.attention_mask),
-            use_cache=False,
-        ).last_hidden_state  # (B, T, d)
-        mask = batch.response_mask
+        hidden, mask = self.hidden(batch), batch.response_mask
         logits = self.project(hidden[before(mask)])  # (N, V), N response tokens in all
         log_distribution = (logits.float() / self.temperature).log_softmax(-1)
         chosen = log_distribution.gather(-1, batch.input_ids[mask][:, None])[:, 0]  # (N,)
@@ -66,6 +60,15 @@ class Policy(nn.Module):
             entropy = -(log_distribution.exp() * log_distribution).sum(-1)
         empty = hidden.new_zeros(mask.shape, dtype=torch.float32)
         return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, empty.masked_scatter(mask, entropy))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states, (B, T, d)."""
+        return self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=positions(batch.attention_mask),
+            use_cache=False,
+        ).last_hidden_state
 
     def project(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states (N, d) -> (N, V); `check_projection` proves that this is the model's own."""

@@ -1,5 +1,6 @@
 """Load, add a scalar head, freeze, save byte-stably. Model folders are plain Hugging Face folders, safetensors only."""
 
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -126,11 +127,30 @@ def _origin(name: str, revision: str | None) -> dict[str, str]:
 
 def load_policy(folder: Path):
     """(model, tokenizer) of a folder that a stage wrote, float32, dropout off, in eval mode, on `device()`."""
-    model, tokenizer = _load(str(folder), "AutoModelForCausalLM", {})
+    model, tokenizer = _load_own(folder, "AutoModelForCausalLM")
     return model.to(device()), tokenizer
 
 
-def _load(name: str, kind: str, extra: dict, new_head: bool = False):
+def _load_own(folder: Path, kind: str):
+    """A folder that a stage wrote: it must hold exactly the weights of its kind, all finite, and a whole tokenizer."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"{folder}: no such folder; `dvc repro` makes it, `dvc status` says by which stage")
+    model, tokenizer = _load(str(folder), kind, {}, strict=True)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise ModelError(
+            f"{folder}: its tokenizer has no EOS, or no PAD of its own; remove the folder and run `dvc repro`"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ModelError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, more than the model has embeddings")
+    broken = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if broken:
+        raise ModelError(
+            f"{folder}: weights that are not finite: {', '.join(broken[:3])}; remove the folder and run `dvc repro`"
+        )
+    return model, tokenizer
+
+
+def _load(name: str, kind: str, extra: dict, new_head: bool = False, strict: bool = False):
     """(model, tokenizer); a weight that the folder lacks is an error, unless it is that of a head to be trained."""
     import transformers
 
@@ -149,10 +169,12 @@ def _load(name: str, kind: str, extra: dict, new_head: bool = False):
     except Exception as error:  # transformers, safetensors, json and the Hub client raise unrelated types
         raise _unloadable(name, kind, error) from error
     lost = [key for key in found["missing_keys"] if not (new_head and key.split(".")[0] in ("score", "classifier"))]
-    if lost or found["mismatched_keys"]:
-        raise _unloadable(
-            name, kind, KeyError(f"weights missing or of another shape: {sorted(lost)[:5] or found['mismatched_keys']}")
+    foreign = sorted(found["unexpected_keys"]) if strict else []
+    if lost or foreign or found["mismatched_keys"]:
+        what = (
+            f"missing {sorted(lost)[:3]}, foreign {foreign[:3]}, of another shape {list(found['mismatched_keys'])[:3]}"
         )
+        raise _unloadable(name, kind, KeyError(f"weights {what}"))
     return quiet(model), tokenizer
 
 
@@ -201,10 +223,6 @@ class Scorer(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.score if hasattr(self.model, "score") else self.model.classifier
 
-    def at_end(self, batch: Batch) -> Tensor:
-        """The score of each response, read at its last token (EOS), shape (B,)."""
-        return last(self(batch), batch.response_mask)
-
 
 def last(values: Tensor, mask: Tensor) -> Tensor:
     """Value at the last True of each row of `mask`: (B, T), (B, T) -> (B,)."""
@@ -224,10 +242,16 @@ def scorer_from_policy(folder: Path) -> tuple[Scorer, object]:
 
 def load_scorer(folder: Path) -> Scorer:
     """A trained reward model with its normalisation. Raises ModelError if the folder carries none."""
-    model, _ = _load(str(folder), "AutoModelForSequenceClassification", {})
-    if not hasattr(model.config, "reward_shift") or not hasattr(model.config, "reward_scale"):
+    model, _ = _load_own(folder, "AutoModelForSequenceClassification")
+    shift, scale = getattr(model.config, "reward_shift", None), getattr(model.config, "reward_scale", None)
+    if (
+        not isinstance(shift, float)
+        or not isinstance(scale, float)
+        or not math.isfinite(shift)
+        or not 0 < scale < math.inf
+    ):
         raise ModelError(
-            f"{folder}: config.json has no reward_shift and reward_scale; it is not a reward model of the `reward` stage "
+            f"{folder}: config.json has no usable reward_shift and reward_scale ({shift}, {scale}); it is not a reward model of the `reward` stage "
             "(set both, to 0.0 and 1.0 for raw scores)"
         )
     return Scorer(model).to(device())

@@ -82,7 +82,8 @@ def cost_table(policies: list[Policy], upstream: dict[str, dict[str, Any]]) -> s
 def examples(policies: list[Policy], prompts: pd.DataFrame, demonstrations: pd.DataFrame, count: int) -> str:
     """The first sample of every policy for the first `count` test prompts, side by side."""
     parts = []
-    for row in prompts.head(count).itertuples():
+    sampled = prompts[prompts["prompt_id"].isin(policies[0].samples["prompt_id"])]
+    for row in sampled.head(count).itertuples():
         demos = demonstrations[demonstrations["prompt_id"] == row.prompt_id]["response"]
         lines = (
             [["who", "gold", "response"], ["demonstration", "", _inline(demos.iloc[0])]]
@@ -139,6 +140,8 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
     for axis, metric in zip(axes[0], measured, strict=True):
         for row, policy in enumerate(policies):
             entry = evaluation[policy.name][metric]
+            if entry["mean"] is None:  # a policy of which no response ever ended has no reward
+                continue
             axis.errorbar(
                 entry["mean"],
                 row,
@@ -240,7 +243,7 @@ def write(
     sections = [
         "# RLHF versus DPO: the comparison",
         table(evaluation),
-        f"{intervals} Wins are judged by {'the gold reward' if judge == 'gold' else 'the reward model, for want of a gold reward'}. "
+        f"{intervals} RM reward is the mean over responses that ended, for there is no EOS to score the others at. Wins are judged by {'the gold reward' if judge == 'gold' else 'the reward model, for want of a gold reward'}. "
         f"The reward model orders held-out pairs as the annotator did in {reward_quality['accuracy']:.1%} of cases "
         f"(± {1.96 * reward_quality['accuracy_standard_error']:.1%}).",
         *(f"![{caption}]({path.name})\n\n*{caption}.*" for caption, path in drawn.items()),

@@ -133,23 +133,24 @@ def validate(frame: pd.DataFrame, contract: str, place: str) -> pd.DataFrame:
     Raises DataError that lists up to 20 offending rows, numbered from 0 as pandas does.
     """
     schema = CONTRACTS[contract]
+    needs = ", ".join(schema.columns)
+    lost = [name for name in schema.columns if name not in frame]
+    if lost:  # checks of whole rows could not run
+        named = ", ".join(map(repr, lost))
+        raise DataError(f"{place}: column {named} is missing; a row of `{contract}` has {needs}")
     try:
         return schema.validate(frame, lazy=True)
     except pa.errors.SchemaErrors as errors:
         lines = []
         for case in errors.failure_cases.itertuples():
-            if case.check == "column_in_dataframe":
-                lines.append(f"  column {case.failure_case!r} is missing")
-                continue
             where = "" if pd.isna(case.index) else f"row {int(case.index)}, "
             if case.schema_context == "DataFrameSchema":  # a check of whole rows is reported for each of their columns
-                lines.append(f"  {where}whole row: {case.check} ({str(frame['prompt'].get(case.index))[:80]!r})")
+                lines.append(f"  {where}whole row: {case.check} ({str(frame.loc[case.index].to_dict())[:80]})")
                 continue
             what = "is not unique" if "field_uniqueness" in str(case.check) else str(case.check)
             lines.append(f"  {where}{case.column}: {what} ({repr(case.failure_case)[:80]})")
         lines = list(dict.fromkeys(lines))
         more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
-        needs = ", ".join(schema.columns)
         raise DataError(
             f"{place}: {len(lines)} fault(s) against the `{contract}` contract ({needs}):\n"
             + "\n".join(lines[:20])

@@ -83,12 +83,19 @@ def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
         return []
     bos = tokenizer.bos_token_id
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    if bos is None and not all(encoded):
+        raise DataError(
+            f"prompt {list(map(bool, encoded)).index(False)}: tokenises to nothing, and this tokenizer has no BOS"
+        )
     # A chat template may have written the BOS into the text already.
     return [ids if bos is None or ids[:1] == [bos] else [bos, *ids] for ids in encoded]
 
 
 def encode_responses(tokenizer, responses: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """Ids of each response, closed by EOS. Raises DataError for a response that tokenises to nothing."""
+    """Ids of each response, closed by EOS.
+
+    Raises DataError for a response that tokenises to nothing, or that spells a control token and would end early.
+    """
     if not len(responses):
         return []
     encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
@@ -96,6 +103,12 @@ def encode_responses(tokenizer, responses: Sequence[str], names: Sequence[str]) 
     if nothing:
         raise DataError(
             f"{_some(nothing)}: the response tokenises to nothing with this model's tokenizer; remove the row"
+        )
+    control = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    inside = [name for name, ids in zip(names, encoded, strict=True) if control & set(ids)]
+    if inside:
+        raise DataError(
+            f"{_some(inside)}: the response holds a control token of this model (BOS, EOS or PAD) as text; remove it"
         )
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
@@ -141,6 +154,15 @@ def check_context(lengths: Sequence[int], names: Sequence[str], context: int, wh
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(str(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_distinct(chosen: Sequence[Tokens], rejected: Sequence[Tokens], names: Sequence[str]) -> None:
+    """Two texts can be one to a tokenizer (unknown words): nothing can be learned from such a pair."""
+    same = [name for a, b, name in zip(chosen, rejected, names, strict=True) if a.response == b.response]
+    if same:
+        raise DataError(
+            f"{_some(same)}: chosen and rejected are the same tokens to this model's tokenizer; remove the row"
+        )
 
 
 def collate(examples: Sequence[Tokens], pad: int, side: str = "right") -> Batch:
@@ -190,7 +212,7 @@ def batches(
     """`steps` global batches of indices: shuffled epochs, in which batches hold examples of similar length.
 
     Each epoch is shuffled, cut into runs of `neighbours` batches, each run sorted by length and its batches shuffled:
-    little padding, and every example still once per epoch. A last batch that would be short is left to the next epoch.
+    little padding, and no example twice in an epoch. A last batch that would be short is left out of its epoch.
     """
     sizes = np.asarray(lengths)
     if len(sizes) < batch:

@@ -20,23 +20,30 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; `data.files` in params.yaml names it")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
         except Exception as error:
             raise DataError(f"{path}: not a readable parquet file ({error})") from error
-    if path.suffix not in (".jsonl", ".ndjson"):
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         raise DataError(f"{path}: unknown kind of file; give .jsonl (an object a line) or .parquet")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is JSON, and no text
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: holds no usable text ({type(error).__name__})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: not a JSON object")
         rows.append(row)
@@ -64,12 +71,16 @@ def build(settings: Files, render: Render) -> Tables:
 
 def _demonstrations(path: Path, settings: Files, pairs: pd.DataFrame) -> pd.DataFrame:
     """Columns `prompt`, `response` and perhaps `split`; a prompt that pairs have keeps the split it has there."""
-    frame = pd.DataFrame(read_rows(path))
-    for column in ("prompt", "response"):
-        if column not in frame:
-            raise DataError(f"{path}: column {column!r} is missing; a demonstration has `prompt` and `response`")
+    rows = read_rows(path)
+    for number, row in enumerate(rows):
+        for column in ("prompt", "response"):
+            if not isinstance(row.get(column), str):
+                raise DataError(f"{path}, row {number}: `{column}` must be text, got {row.get(column)!r}")
+    frame = pd.DataFrame(
+        {name: [row.get(name) for row in rows] for name in ("prompt", "response", "split")}, dtype=object
+    )
     known = dict(zip(pairs["prompt"], pairs["split"], strict=True))
-    given = frame["split"] if "split" in frame else pd.Series([None] * len(frame), dtype=object)
+    given = frame["split"]
     clash = [
         i for i, (p, s) in enumerate(zip(frame["prompt"], given, strict=True)) if s is not None and known.get(p, s) != s
     ]
@@ -79,7 +90,8 @@ def _demonstrations(path: Path, settings: Files, pairs: pd.DataFrame) -> pd.Data
         )
     split = [s or known.get(p) or split_of(p, settings.splits) for p, s in zip(frame["prompt"], given, strict=True)]
     frame = frame.assign(prompt_id=[prompt_id(str(p)) for p in frame["prompt"]], split=split)
-    return validate(frame[["prompt_id", "split", "prompt", "response"]], "demonstrations", str(path))
+    frame = frame[["prompt_id", "split", "prompt", "response"]].astype("str")
+    return validate(frame, "demonstrations", str(path))
 
 
 def _corpus(path: Path, settings: Files) -> pd.DataFrame:

@@ -86,8 +86,9 @@ def _conversation(
     prompt: list | None, chosen: list, rejected: list, place: str, render: Render
 ) -> tuple[str, str, str]:
     for message in [*(prompt or []), *chosen, *rejected]:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{place}: a message needs `role` and `content`, got {str(message)[:80]}")
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{place}: a message needs `role` and `content`, both text, got {str(message)[:80]}")
     if prompt is None:
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -116,13 +117,27 @@ def chat_renderer(template: str | None, tokenizer) -> Render:
     import jinja2.sandbox
 
     given = template or getattr(tokenizer, "chat_template", None) or PLAIN_TEMPLATE
-    compiled = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(given)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    # What templates of the Hub expect to find; the date is fixed, or the same data would render differently tomorrow.
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: ""}
+    try:
+        compiled = environment.from_string(given)
+    except jinja2.TemplateError as error:
+        raise DataError(
+            f"the chat template (`data.chat_template`, or the model's own) is not valid Jinja: {error}"
+        ) from None
     special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
 
     def render(messages: Sequence[dict[str, str]], opening: bool) -> str:
         try:
             text = compiled.render(messages=list(messages), add_generation_prompt=opening, **special)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"the chat template cannot render {str(messages)[:120]}: {error}") from None
         if opening:
             return text
@@ -143,12 +158,15 @@ def to_pairs(
     for number, row in enumerate(rows):
         try:
             prompt, chosen, rejected = pair_of(row, f"{place}, row {number}", render, turn_marker)
+            probability = row.get("p_chosen")
+            if isinstance(probability, bool) or not isinstance(probability, (int, float, type(None))):
+                raise DataError(f"{place}, row {number}: `p_chosen` must be a number, got {probability!r}")
         except DataError as error:
             faults.append(str(error))
             continue
         pairs.append(
             {
-                "pair_id": str(row.get("pair_id") or f"pair-{number:06d}"),
+                "pair_id": f"pair-{number:06d}" if row.get("pair_id") is None else str(row["pair_id"]),
                 "prompt_id": prompt_id(prompt),
                 "split": row.get("split") or split_of(prompt, splits),
                 "prompt": prompt,

@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.logprobs import Policy, before
 from rlhf_vs_dpo.models import context_of
-from rlhf_vs_dpo.text import Tokens, documents, encode_prompts
+from rlhf_vs_dpo.text import Batch, Tokens, documents, encode_prompts
 from rlhf_vs_dpo.training.forward import log_likelihoods, measure
 
 
@@ -28,7 +28,7 @@ def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataF
         return rows
     answers = tokenizer(list(facts["answer"]), add_special_tokens=False)["input_ids"]
     questions = [Tokens(p, a) for p, a in zip(encode_prompts(tokenizer, list(facts["prompt"])), answers, strict=True)]
-    greedy = Greedy(model)
+    greedy = Greedy(plain)
     asked = pd.DataFrame({"kind": "fact", "item_id": facts["fact_id"], "tokens": [len(a) for a in answers]})
     asked["logp"] = log_likelihoods(plain, questions, pad)
     asked["correct"] = measure(greedy, questions, pad, lambda right, batch: right.float().tolist())
@@ -38,11 +38,11 @@ def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataF
 class Greedy(nn.Module):
     """Whether the most likely token is the right one at every response token: batch -> (B,) bool."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, policy: Policy):
         super().__init__()
-        self.model = model
+        self.model, self.policy = policy.model, policy
 
-    def forward(self, batch) -> torch.Tensor:
-        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
-        return (right | ~batch.response_mask[:, 1:]).all(-1)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        mask = batch.response_mask
+        right = self.policy.project(self.policy.hidden(batch)[before(mask)]).argmax(-1) == batch.input_ids[mask]
+        return torch.ones_like(mask).masked_scatter(mask, right).all(-1)

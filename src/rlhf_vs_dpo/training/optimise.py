@@ -104,9 +104,8 @@ class Optimiser:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
         rate = self.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise TrainingError(
-                f"step {self.taken}: loss {loss}, gradient norm {norm} at learning rate {rate:.3g}; batch: {shown}. "
+                f"step {self.taken}: loss {loss}, gradient norm {norm} at learning rate {rate:.3g}; batch: {_some(names)}. "
                 "Lower the learning rate or `max_grad_norm`, or look at these rows"
             )
         for group in self.adamw.param_groups:
@@ -115,6 +114,19 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         self.taken += 1
         return norm
+
+
+def check_finite(values: Tensor, optimiser: Optimiser, names: Sequence[str]) -> None:
+    """After the last update of a run or an iteration: what the model now says must be numbers, or nothing is saved."""
+    if not torch.isfinite(values).all():
+        raise TrainingError(
+            f"step {optimiser.taken}: the updated model gives values that are not finite, after a peak learning rate of "
+            f"{optimiser.peak:.3g}; last batch: {_some(names)}. Lower the learning rate or `max_grad_norm`"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class Averages:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from rlhf_vs_dpo.config import Rl, Sampling
+from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.generation import generate
 from rlhf_vs_dpo.logprobs import Policy, before
 from rlhf_vs_dpo.losses.gae import gae, token_rewards, whiten
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient, policy_loss, value_loss
 from rlhf_vs_dpo.losses.sft import nll
-from rlhf_vs_dpo.models import Scorer, autocast, freeze, last, token_budget
+from rlhf_vs_dpo.models import Scorer, autocast, context_of, freeze, last, token_budget
 from rlhf_vs_dpo.progress import bar
-from rlhf_vs_dpo.text import Batch, Tokens, collate, micro_batches
+from rlhf_vs_dpo.text import Batch, Tokens, check_context, collate, micro_batches
 from rlhf_vs_dpo.training.invariants import hold
 from rlhf_vs_dpo.training.monitor import HeldOut
-from rlhf_vs_dpo.training.optimise import Log, Optimiser, accelerator
+from rlhf_vs_dpo.training.optimise import Log, Optimiser, accelerator, check_finite
 
 MAX_RATIO_GAP = {"cpu": 1e-3, "cuda": 0.3}  # of step 0: float32, and bf16 (2403.17031 measured 0.11 for bf16)
 
@@ -32,7 +33,7 @@ MAX_RATIO_GAP = {"cpu": 1e-3, "cuda": 0.3}  # of step 0: float32, and bf16 (2403
 class Episodes(NamedTuple):
     """What the policy did, flat over the N response tokens of B episodes, in their order.
 
-    tokens, names            B examples and the ids of their prompts
+    tokens, names, places    B examples, the ids of their prompts and their numbers in the global batch
     offsets                  (B + 1) where each episode starts among the N
     logp, ref_logp, values   (N,) under the policy that sampled, the reference and the value network, all frozen
     advantages, returns      (N,) advantages whitened over all processes; returns from the raw ones
@@ -42,6 +43,7 @@ class Episodes(NamedTuple):
 
     tokens: list[Tokens]
     names: list[str]
+    places: list[int]
     offsets: Tensor
     logp: Tensor
     ref_logp: Tensor
@@ -89,6 +91,8 @@ def train(
     `prompts` are ids, `names` their ids in tables; `corpus` is read by PPO-ptx alone (`settings.ptx_coefficient` > 0).
     Raises TrainingError at a broken step-0 invariant or a loss that is not finite.
     """
+    limit = context_of(policy.model) - sampling.max_new_tokens
+    check_context([len(ids) for ids in prompts], names, limit, "the prompt (with room for a response) is")
     accelerate = accelerator()
     value = Scorer(copy.deepcopy(reward.model))
     freeze(reward)
@@ -101,7 +105,7 @@ def train(
     budget = token_budget(policy.model)
     rng = np.random.default_rng(seed)  # the same on every process
     ptx_rng = np.random.default_rng([seed, 1])  # of its own, so that PPO-ptx sees the prompts that PPO sees
-    minibatch_rng = np.random.default_rng([seed, 2])  # of its own, for shares of unequal size consume it unequally
+    minibatch_rng = np.random.default_rng([seed, 2])
     queue: list[int] = []
     beta = settings.kl_coefficient
     trained = generated = 0
@@ -160,7 +164,16 @@ def rollout(
     flat = {name: torch.zeros(int(offsets[-1]), device=device) for name in ("logp", "ref_logp", "values", "entropy")}
     score = torch.zeros(len(tokens), device=device)
     episodes = Episodes(
-        tokens, names, offsets, flat["logp"], flat["ref_logp"], flat["values"], *[torch.empty(0)] * 2, score, finished
+        tokens,
+        names,
+        places,
+        offsets,
+        flat["logp"],
+        flat["ref_logp"],
+        flat["values"],
+        *[torch.empty(0)] * 2,
+        score,
+        finished,
     )
     for group in micro_batches([len(example) for example in tokens], budget):
         batch = collate([tokens[i] for i in group], tokenizer.pad_token_id).to(device)
@@ -225,6 +238,7 @@ def update(
     """`settings.epochs` passes over the episodes in minibatches; returns means over the steps taken."""
     device = accelerate.device
     lengths = [len(example) for example in episodes.tokens]
+    local = {place: i for i, place in enumerate(episodes.places)}
     sums: dict[str, float] = {}
     steps = trained = 0
 
@@ -232,9 +246,16 @@ def update(
         sums[name] = sums.get(name, 0.0) + value
 
     for _ in range(settings.epochs):
-        for part in np.array_split(rng.permutation(len(lengths)), settings.minibatches):
-            local = torch.tensor([sum(len(episodes.tokens[i].response) for i in part)], device=device)
-            units = float(accelerate.reduce(local))  # response tokens of the minibatch on all processes
+        # Minibatches are drawn from the global batch, alike on every process, each of which keeps its own episodes.
+        for drawn in np.array_split(rng.permutation(settings.episodes), settings.minibatches):
+            part = [local[place] for place in drawn.tolist() if place in local]
+            if int(accelerate.gather(torch.tensor([len(part)], device=device)).min()) == 0:
+                raise TrainingError(
+                    f"a minibatch of {len(drawn)} episodes left one of {accelerate.num_processes} processes without any; "
+                    "lower `rl.defaults.minibatches` or raise `episodes`"
+                )
+            counted = torch.tensor([sum(len(episodes.tokens[i].response) for i in part)], device=device)
+            units = float(accelerate.reduce(counted))  # response tokens of the minibatch on all processes
             wanted = micro_batches([lengths[i] for i in part], budget)
             most = int(accelerate.gather(torch.tensor([len(wanted)], device=device)).max())
             groups = [
@@ -269,7 +290,8 @@ def update(
             if train_policy:
                 loss = actor.accumulate(groups, actor_loss, units)
                 if settings.ptx_coefficient > 0:
-                    ptx_loss, share = accumulate_ptx(accelerate, actor, corpus, settings, ptx_rng, pad, budget)
+                    ptx_loss, share, tokens = accumulate_ptx(accelerate, actor, corpus, settings, ptx_rng, pad, budget)
+                    trained += tokens
                     add("ptx_loss", ptx_loss)
                     add("ptx_gradient_share", share)
                 add("policy_gradient_norm", actor.step(loss, names))
@@ -283,6 +305,8 @@ def update(
             add("value_loss", loss)
             steps += 1
             trained += int(accelerate.reduce(torch.tensor([sum(lengths[i] for i in part)], device=device)))
+    with torch.no_grad():
+        check_finite(actor.module(batches[id(groups[0])][0]).logp, actor, names)
     return {name: value / steps for name, value in sums.items()} | {
         "learning_rate": actor.learning_rate,
         "tokens_trained": trained,
@@ -297,10 +321,10 @@ def accumulate_ptx(
     rng: np.random.Generator,
     pad: int,
     budget: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, int]:
     """Add the gradient of gamma times the pretraining loss (InstructGPT eq. 2) to the one that is there.
 
-    Returns the pretraining loss per token and the share of the gradient that it contributes:
+    Returns the pretraining loss per token, the share of the gradient that it contributes, and the tokens it read:
     |gamma * g_ptx| / (|g_ppo| + |gamma * g_ptx|); 0 says that gamma does nothing, 1 that PPO does nothing.
     """
     ppo = [p.grad.clone() if p.grad is not None else None for p in actor.parameters]
@@ -316,7 +340,7 @@ def accumulate_ptx(
     added = [p.grad - g if g is not None else p.grad for p, g in zip(actor.parameters, ppo, strict=True)]
     of_ppo = torch.nn.utils.get_total_norm([g for g in ppo if g is not None]).item()
     of_ptx = torch.nn.utils.get_total_norm([g for g in added if g is not None]).item()
-    return value / settings.ptx_coefficient, of_ptx / max(of_ppo + of_ptx, 1e-12)
+    return value / settings.ptx_coefficient, of_ptx / max(of_ppo + of_ptx, 1e-12), sum(lengths.values())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.logprobs import Policy
 from rlhf_vs_dpo.losses.dpo import PairLoss, dpo, ln_dpo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.text import Tokens, collate
+from rlhf_vs_dpo.text import Tokens, check_distinct, collate
 from rlhf_vs_dpo.training.forward import log_likelihoods
 from rlhf_vs_dpo.training.invariants import hold
 from rlhf_vs_dpo.training.monitor import HeldOut
@@ -60,6 +60,7 @@ def train(
     losses that need none. Its values are constants: no gradient flows to the reference policy, which is not even loaded
     here. Raises TrainingError if the step-0 invariant of the loss is broken.
     """
+    check_distinct(chosen, rejected, names)
     device = next(policy.parameters()).device
     stored = None
     if NEEDS_REFERENCE[settings.loss]:
@@ -67,7 +68,8 @@ def train(
             torch.tensor(reference[f"{side}_logp"].to_numpy(), dtype=torch.float32, device=device)
             for side in ("chosen", "rejected")
         ]
-        check_reference(policy, chosen[:32], reference["chosen_logp"].head(32), pad)
+        for side, examples in (("chosen", chosen), ("rejected", rejected)):
+            check_reference(policy, examples[:32], reference[f"{side}_logp"].head(32), pad, side)
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch = collate([chosen[i] for i in group] + [rejected[i] for i in group], pad).to(device)
@@ -95,6 +97,7 @@ def train(
         training,
         [2 * max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)],
         [1] * len(chosen),
+        [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)],
         loss,
         names,
         seed,
@@ -123,12 +126,12 @@ def schedule(settings: Preference, pairs: int) -> Training:
     )
 
 
-def check_reference(policy: Policy, examples: Sequence[Tokens], stored: pd.Series, pad: int) -> None:
+def check_reference(policy: Policy, examples: Sequence[Tokens], stored: pd.Series, pad: int, side: str) -> None:
     """At step 0 the policy is the reference: h = 0, hence a DPO or LN-DPO loss of log 2."""
     gap = max(abs(a - b) for a, b in zip(log_likelihoods(policy, examples, pad), stored, strict=True))
     exact = next(policy.parameters()).device.type == "cpu"
     hold(
-        "the largest |log pi - log ref| of 32 chosen responses (DPO loss is log 2 where it is 0)",
+        f"the largest |log pi - log ref| of {len(examples)} {side} responses (DPO loss is log 2 where all are 0)",
         gap,
         0.0,
         1e-3 if exact else 0.5,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.config import Training
 from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
 from rlhf_vs_dpo.models import Scorer, last
-from rlhf_vs_dpo.text import Tokens, collate
+from rlhf_vs_dpo.text import Tokens, check_distinct, collate
 from rlhf_vs_dpo.training.optimise import Log
 from rlhf_vs_dpo.training.supervised import fit
 
@@ -38,8 +38,10 @@ def train(
             "margin": (good - bad).sum().item(),
         }
 
+    check_distinct(chosen, rejected, names)
     lengths = [2 * max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
-    return fit(scorer, settings, lengths, [1] * len(chosen), loss, names, seed, log, what)
+    tokens = [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)]
+    return fit(scorer, settings, lengths, [1] * len(chosen), tokens, loss, names, seed, log, what)
 
 
 def quality(pairs: pd.DataFrame) -> dict:

@@ -12,7 +12,7 @@ from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.models import token_budget
 from rlhf_vs_dpo.progress import bar
 from rlhf_vs_dpo.text import Tokens, batches, collate
-from rlhf_vs_dpo.training.optimise import Averages, Log, Optimiser, accelerator
+from rlhf_vs_dpo.training.optimise import Averages, Log, Optimiser, accelerator, check_finite
 
 POINTS = 200  # of a training curve
 
@@ -22,6 +22,7 @@ def fit(
     settings: Training,
     lengths: Sequence[int],
     units: Sequence[int],
+    tokens: Sequence[int],
     loss: Callable[[nn.Module, list[int]], tuple[Tensor, dict[str, float]]],
     names: Sequence[str],
     seed: int,
@@ -31,7 +32,8 @@ def fit(
 ) -> int:
     """Train `module` for `settings.steps` global batches; returns the number of real tokens trained on.
 
-    lengths[i]  tokens of example i (for batching by length)
+    lengths[i]  padded size of example i (for batching by length)
+    tokens[i]   its real tokens (for the cost)
     units[i]    what its loss is a sum over: response tokens, or 1 for a pair
     loss(module, group)  the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it
     names[i]    id of example i, for the error of a run that diverges
@@ -76,8 +78,12 @@ def fit(
                 progress.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 log(means, step + 1)
             progress.update()
+    if len(plan):
+        with torch.no_grad():
+            last, _ = loss(optimiser.module, [int(plan[-1][0])])
+        check_finite(last, optimiser, [names[i] for i in plan[-1]])
     before_step(settings.steps)
-    return int(sum(lengths[i] for batch in plan for i in batch))
+    return int(sum(tokens[i] for batch in plan for i in batch))
 
 
 def likelihood(
@@ -98,4 +104,4 @@ def likelihood(
 
     lengths = [len(example) for example in examples]
     units = [len(example.response) for example in examples]
-    return fit(policy, settings, lengths, units, loss, names, seed, log, what)
+    return fit(policy, settings, lengths, units, lengths, loss, names, seed, log, what)

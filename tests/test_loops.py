@@ -1,0 +1,321 @@
+"""Inside the loops: every quantity of a rollout and of an update against brute force, so that wiring cannot be wrong."""
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small_model
+from test_training import NoWatch, rl_settings, run_ppo, scorer, variant, weights
+
+from rlhf_vs_dpo.config import Monitor, Sampling
+from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.losses.dpo import dpo, ln_dpo
+from rlhf_vs_dpo.losses.simpo import simpo
+from rlhf_vs_dpo.text import Tokens, collate
+from rlhf_vs_dpo.training import forgetting, monitor, policy_gradient, preference
+from rlhf_vs_dpo.training import reward as reward_training
+from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
+
+SETTINGS = rl_settings(
+    episodes=12, epochs=1, gae_discount=0.9, gae_lambda=0.6, unfinished_reward=-7.0, kl_coefficient=0.3, clip=0.1, value_clip=0.05
+)  # fmt: skip
+SAMPLING = Sampling(temperature=0.8, max_new_tokens=4)
+
+
+def token_logp(model, tokens: Tokens, temperature: float) -> list[float]:
+    ids = torch.tensor([[*tokens.prompt, *tokens.response]])
+    with torch.no_grad():
+        logp = (model(ids).logits[0].double() / temperature).log_softmax(-1)
+    start = len(tokens.prompt)
+    return [logp[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])]
+
+
+def values_before(value, tokens: Tokens) -> list[float]:
+    with torch.no_grad():
+        every = value(collate([tokens], 3))[0]
+    start = len(tokens.prompt)
+    return [every[i - 1].item() for i in range(start, len(tokens))]
+
+
+@pytest.fixture
+def world(tokenizer):
+    """A policy that has moved away from its reference, a reward model, a value network that is another one."""
+    reference = Policy(small_model(tokenizer, seed=0, scale=2.0), 0.8)
+    policy = Policy(small_model(tokenizer, seed=5, scale=2.0), 0.8)
+    return policy, reference, scorer(tokenizer, seed=1), scorer(tokenizer, seed=2)
+
+
+def roll(world, tokenizer, accelerate=None):
+    policy, reference, reward, value = world
+    prompts = [[tokenizer.bos_token_id, 5 + i % 3] for i in range(12)]
+    names = [f"p{i}" for i in range(12)]
+    return policy_gradient.rollout(
+        accelerate or accelerator(), policy, value, policy, reference, reward, tokenizer, prompts, names, list(range(12)),
+        SETTINGS, SAMPLING, 0.3, (0, 0), 64,
+    )  # fmt: skip
+
+
+def test_a_rollout_against_brute_force(world, tokenizer):
+    policy, reference, reward, value = world
+    episodes, metrics = roll(world, tokenizer)
+    assert 0 < episodes.finished.sum() < 12  # both kinds occur
+    advantages, returns, kls, everything = [], [], [], []
+    for i, tokens in enumerate(episodes.tokens):
+        place = slice(int(episodes.offsets[i]), int(episodes.offsets[i + 1]))
+        logp, ref = token_logp(policy.model, tokens, 0.8), token_logp(reference.model, tokens, 0.8)
+        state_values = values_before(value, tokens)
+        assert episodes.logp[place].tolist() == pytest.approx(logp, abs=1e-4)
+        assert episodes.ref_logp[place].tolist() == pytest.approx(ref, abs=1e-4)
+        assert episodes.values[place].tolist() == pytest.approx(state_values, abs=1e-5)
+        ended = tokens.response[-1] == tokenizer.eos_token_id
+        score = scores(reward, [tokens], 3)[0] if ended else -7.0
+        assert episodes.score[i].item() == pytest.approx(score, abs=1e-5)
+        rewards = [-0.3 * (a - b) for a, b in zip(logp, ref, strict=True)]
+        rewards[-1] += score
+        later, mine = 0.0, []
+        for t in reversed(range(len(rewards))):
+            following = state_values[t + 1] if t + 1 < len(rewards) else 0.0
+            later = rewards[t] + 0.9 * following - state_values[t] + 0.9 * 0.6 * later
+            mine.insert(0, later)
+        advantages += mine
+        returns += [a + v for a, v in zip(mine, state_values, strict=True)]
+        kls.append(sum(logp) - sum(ref))
+        everything.append(sum(rewards))
+    white = (np.array(advantages) - np.mean(advantages)) / np.std(advantages)
+    assert episodes.advantages.tolist() == pytest.approx(white.tolist(), abs=1e-3)
+    assert episodes.returns.tolist() == pytest.approx(returns, abs=1e-3)
+    assert metrics["kl"] == pytest.approx(np.mean(kls), abs=1e-3)
+    assert metrics["objective"] == pytest.approx(np.mean(everything), abs=1e-3)
+    assert metrics["explained_variance"] == pytest.approx(1 - np.var(advantages) / np.var(returns), abs=1e-3)
+    assert metrics["finished"] == pytest.approx(episodes.finished.float().mean().item())
+
+
+def optimiser(module, **changes):
+    given = {
+        "learning_rate": 1e-3,
+        "epsilon": 1e-5,
+        "max_grad_norm": 1e9,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "steps": 4,
+    }
+    return Optimiser(accelerator(), module, **(given | changes))
+
+
+def test_an_update_against_brute_force(world, tokenizer):
+    """Losses of the first step, with old log-probabilities and values moved so that both clips bind somewhere."""
+    policy, _, _, value = world
+    episodes, _ = roll(world, tokenizer)
+    torch.manual_seed(0)
+    episodes = episodes._replace(
+        logp=episodes.logp + 0.2 * torch.randn_like(episodes.logp),
+        values=episodes.values + 0.2 * torch.randn_like(episodes.values),
+    )
+    logp = torch.tensor([x for tokens in episodes.tokens for x in token_logp(policy.model, tokens, 0.8)])
+    new = torch.tensor([x for tokens in episodes.tokens for x in values_before(value, tokens)])
+    ratio, a, old, g = (logp - episodes.logp).exp(), episodes.advantages, episodes.values, episodes.returns
+    policy_loss = -torch.minimum(ratio * a, ratio.clamp(0.9, 1.1) * a).mean()
+    clipped = old + (new - old).clamp(-0.05, 0.05)
+    value_loss = 0.5 * torch.maximum((new - g) ** 2, (clipped - g) ** 2).mean()
+    outside = ((ratio - 1).abs() > 0.1).float().mean()
+    measured = policy_gradient.update(
+        accelerator(), optimiser(policy), optimiser(value), episodes, [], SETTINGS, np.random.default_rng(0), np.random.default_rng(1),
+        tokenizer.pad_token_id, 64, train_policy=True,
+    )  # fmt: skip
+    assert 0.1 < outside < 0.9
+    assert measured["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
+    assert measured["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
+    assert measured["clip_fraction"] == pytest.approx(outside.item(), abs=1e-5)
+    assert measured["ratio_mean"] == pytest.approx(ratio.mean().item(), abs=1e-4)
+
+
+def test_a_value_warm_up_leaves_the_policy_alone(tokenizer):
+    rows = []
+    run_ppo(tokenizer, rl_settings(iterations=2, value_warmup=1), log=lambda m, s: rows.append(m))
+    assert "update/policy_loss" not in rows[0] and "update/value_loss" in rows[0]
+    assert rows[1]["rollout/kl"] == pytest.approx(0.0, abs=1e-5)  # the second rollout is still of the reference
+    assert "update/policy_loss" in rows[1]
+
+
+def gradients(module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().clone() for p in module.parameters()])
+
+
+def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
+    policy = Policy(small_model(tokenizer, scale=2.0), 1.0)
+    settings = rl_settings(ptx_coefficient=0.7, ptx_batch=12)
+    taught = optimiser(policy)
+    policy(collate(examples[:3], 3)).sums().sum().backward()
+    before = gradients(policy)
+    rng = np.random.default_rng(0)
+    loss, share, read = policy_gradient.accumulate_ptx(accelerator(), taught, examples, settings, rng, 3, 10_000)
+    added = gradients(policy) - before
+    picked = np.random.default_rng(0).choice(12, size=12, replace=False)
+    chosen = [examples[i] for i in picked]
+    assert read == sum(map(len, chosen))
+    policy.zero_grad()
+    mean = -policy(collate(chosen, 3)).sums().sum() / sum(len(e.response) for e in chosen)
+    mean.backward()
+    expected = 0.7 * gradients(policy)
+    assert torch.allclose(added, expected, atol=1e-4) and loss == pytest.approx(mean.item(), rel=1e-5)
+    assert share == pytest.approx((expected.norm() / (expected.norm() + before.norm())).item(), rel=1e-3)
+
+
+# ---- the optimiser ---------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_and_the_clip_reach_the_optimiser(tokenizer, examples):
+    policy = Policy(small_model(tokenizer), 1.0)
+    taught = optimiser(policy, schedule="linear", learning_rate=0.4, max_grad_norm=0.25)
+    seen = []
+    taught.adamw.optimizer.register_step_pre_hook(
+        lambda *_: seen.append((taught.adamw.param_groups[0]["lr"], gradients(policy).norm().item()))
+    )
+    for _ in range(4):
+        loss = taught.accumulate(
+            [[0, 1], [2]], lambda group: -taught.module(collate([examples[i] for i in group], 3)).sums().sum(), 3
+        )
+        assert taught.step(loss, ["x"]) > 0.25  # the norm before clipping is what is reported
+    assert [rate for rate, _ in seen] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert all(norm == pytest.approx(0.25, rel=1e-3) for _, norm in seen)
+
+
+# ---- preference losses, as the loop calls them -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpo", "ln_dpo", "simpo"])
+def test_the_loop_hands_each_loss_what_it_needs(tokenizer, examples, name, monkeypatch):
+    """Loss and metrics of the first step, recomputed from brute-force log-probabilities; all lengths differ."""
+    settings = variant(name, batch=6, learning_rate=1e-12)
+    monkeypatch.setattr(preference, "check_reference", lambda *_: None)  # a reference that is not the start, on purpose
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    chosen, rejected = examples[:6], examples[6:]
+    logp = torch.tensor([sum(token_logp(policy.model, tokens, 1.0)) for tokens in examples])
+    lengths = torch.tensor([float(len(tokens.response)) for tokens in examples])
+    reference = pd.DataFrame(
+        {"chosen_logp": logp[:6].numpy() - 0.0, "rejected_logp": logp[6:].numpy() - np.linspace(0, 3, 6)}
+    )
+    ref = torch.tensor(reference.to_numpy()).float()
+    sides = (logp[:6], logp[6:])
+    expected = {
+        "dpo": lambda: dpo(*sides, ref[:, 0], ref[:, 1], settings.beta),
+        "ln_dpo": lambda: ln_dpo(*sides, ref[:, 0], ref[:, 1], lengths[:6], lengths[6:], settings.beta),
+        "simpo": lambda: simpo(*sides, lengths[:6], lengths[6:], settings.beta, settings.gamma),
+    }[name]()
+    rows = []
+    preference.train(
+        policy, chosen, rejected, list("abcdef"), None if name == "simpo" else reference, 3, settings, 0, NoWatch(),
+        lambda m, s: rows.append(m), "x",
+    )  # fmt: skip
+    assert rows[0]["loss"] == pytest.approx(expected.loss.mean().item(), abs=1e-4)
+    assert rows[0]["pairs/margin"] == pytest.approx(
+        (expected.chosen_reward - expected.rejected_reward).mean().item(), abs=1e-4
+    )
+    assert rows[0]["pairs/accuracy"] == pytest.approx(
+        (expected.chosen_reward > expected.rejected_reward).float().mean().item(), abs=0.2
+    )
+    assert rows[0]["pairs/chosen_logp"] == pytest.approx(logp[:6].mean().item(), abs=1e-3)
+    assert rows[0]["pairs/rejected_tokens"] == pytest.approx(lengths[6:].mean().item())
+
+
+def test_training_moves_towards_the_chosen(tokenizer, examples):
+    from test_training import stored
+
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    before = log_likelihoods(policy, examples, 3)
+    settings = variant("dpo", batch=6, epochs=20.0, learning_rate=1e-3)
+    preference.train(
+        policy,
+        examples[:6],
+        examples[6:],
+        list("abcdef"),
+        stored(tokenizer, examples),
+        3,
+        settings,
+        0,
+        NoWatch(),
+        lambda m, s: None,
+        "x",
+    )
+    moved = np.array(log_likelihoods(policy, examples, 3)) - np.array(before)
+    assert moved[:6].mean() > moved[6:].mean() + 1
+
+
+# ---- what is watched, what is forgotten, what is calibrated ----------------------------------------------------------
+
+
+def test_the_watch_measures_kl_and_the_curve_scores_what_ended(tokenizer):
+    model, reference = small_model(tokenizer, seed=5, scale=2.0), small_model(tokenizer, seed=0, scale=2.0)
+    sampling = Sampling(temperature=2.0, max_new_tokens=9)
+    prompts = pd.DataFrame(
+        {
+            "prompt_id": [f"p{i}" for i in range(12)],
+            "prompt": [["a", "dog", "cat"][i % 3] for i in range(12)],
+            "facts": None,
+        }
+    )
+    watched = monitor.HeldOut(prompts, None, reference, tokenizer, Monitor(points=3, prompts=12), sampling, 0, 10)
+    logged = {}
+    for step in range(11):
+        watched.watch(model, step, lambda m, s: logged.update({s: m}))
+    assert sorted(logged) == [0, 5, 10]
+    table = watched.table()
+    rows = table[table["step"] == 5]
+    examples = [Tokens(p, r) for p, r in zip(rows["prompt_ids"], rows["response_ids"], strict=True)]
+    kl = np.mean([sum(token_logp(model, t, 2.0)) - sum(token_logp(reference, t, 2.0)) for t in examples])
+    assert logged[5]["heldout/kl"] == pytest.approx(kl, abs=1e-3) and kl > 0.1
+    reward = scorer(tokenizer)
+    curve = monitor.curve(table, reward, 3).set_index("step")
+    ended = [t for t in examples if t.response[-1] == tokenizer.eos_token_id]
+    assert 0 < len(ended) < 12
+    assert curve.loc[5, "reward"] == pytest.approx(np.mean(scores(reward, ended, 3)), abs=1e-5)
+    assert curve.loc[5, "finished"] == pytest.approx(len(ended) / 12)
+
+
+def test_retention_asks_for_greedy_answers(tokenizer):
+    """A fact is recalled exactly where the argmax after its question is its answer, token by token."""
+    model = small_model(tokenizer, scale=3.0)
+    questions = ["the cat", "a dog ran", "the mat and"]
+    greedy = []
+    for question in questions:
+        ids = [tokenizer.bos_token_id, *tokenizer(question, add_special_tokens=False)["input_ids"]]
+        for _ in range(2):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        greedy.append(ids[-2:])
+    wrong = [greedy[2][0], 4 if greedy[2][1] != 4 else 5]
+    answers = [tokenizer.decode(greedy[0]), tokenizer.decode(greedy[1]), tokenizer.decode(wrong)]
+    facts = pd.DataFrame({"fact_id": list("abc"), "prompt": questions, "answer": answers})
+    corpus = pd.DataFrame({"doc_id": ["d"], "text": ["the cat sat on the mat ."]})
+    table = forgetting.retention(model, tokenizer, corpus, facts)
+    assert table.loc[table["kind"] == "fact", "correct"].tolist() == [1.0, 1.0, 0.0]
+    tokens = Tokens([tokenizer.bos_token_id], [*tokenizer(corpus["text"][0])["input_ids"], tokenizer.eos_token_id])
+    row = table[table["kind"] == "corpus"].iloc[0]
+    assert row["logp"] == pytest.approx(sum(token_logp(model, tokens, 1.0)), abs=1e-3) and row["tokens"] == len(
+        tokens.response
+    )
+
+
+def test_calibration_by_hand():
+    # margin 3 twice, right once: predicted 0.9526 against observed 0.5; margin -0.1: predicted 0.525, observed 0
+    frame = pd.DataFrame({"chosen_reward": [3.0, 0.0, 0.0], "rejected_reward": [0.0, 3.0, 0.1]})
+    frame = frame.assign(chosen_tokens=5, rejected_tokens=6, chosen_gold=np.nan, rejected_gold=np.nan)
+    quality = reward_training.quality(frame)
+    high, low = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-0.1))
+    assert quality["calibration_error"] == pytest.approx((high - 0.5) * 2 / 3 + low * 1 / 3)
+    assert quality["calibration"]["0.95"] == {"pairs": 2, "predicted": pytest.approx(high), "observed": 0.5}
+    assert quality["calibration"]["0.50"]["observed"] == 0.0 and "accuracy_against_gold" not in quality
+
+
+def test_the_reference_is_a_constant(tokenizer):
+    """Training moves the policy alone: reference and reward model come out bit for bit as they went in."""
+    model = small_model(tokenizer, scale=2.0)
+    reference, reward = copy.deepcopy(model), scorer(tokenizer)
+    before = weights(reference), weights(reward)
+    run_ppo(tokenizer, rl_settings(), model=model, reference=reference, reward=reward)
+    assert torch.equal(weights(reference), before[0]) and torch.equal(weights(reward), before[1])
