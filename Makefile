@@ -54,7 +54,7 @@ check: install
 
 ui: install
 	@echo "MLflow: http://127.0.0.1:$(PORT)  (it takes a while to come up; Ctrl-C ends it)"
-	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT)
+	exec mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT)
 
 profile: install
 	@python -m rlhf_vs_dpo.profiles "$(NAME)"

@@ -105,6 +105,10 @@ def test_losses_cite_paper_and_equation(path):
     assert "arXiv:" in doc and re.search(r"\beq\.", doc) and "Where we differ" in doc
 
 
+def test_no_number_of_the_readme_was_left_out():
+    assert "@@" not in (ROOT / "README.md").read_text()
+
+
 def test_the_readme_graph_is_the_graph():
     drawn = subprocess.run(
         [Path(sys.executable).parent / "dvc", "dag", "--mermaid"], cwd=ROOT, capture_output=True, text=True, check=True,

@@ -60,12 +60,16 @@ def main(
             yaml = YAML()
             yaml.width = 120
             yaml.preserve_quotes = True
+            yaml.representer.add_representer(
+                type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null")
+            )
             before = params.read_text()
             merged = yaml.load(before)
             if before != default:
                 typer.echo("params.yaml differs from the default already; the profile is laid over it as it is "
                            "(`make profile NAME=default` first for a clean start)\n")  # fmt: skip
-            overlay(merged, config.read_params(path), str(path))
+            config.read_params(path)  # for its errors; read again below, with the spelling of its numbers kept
+            overlay(merged, yaml.load(path.read_text()), str(path))
             after = _text(merged, yaml)
         config.check(YAML(typ="safe").load(after), str(path))
     except UserError as error:

@@ -22,6 +22,8 @@ from rlhf_vs_dpo.launch import is_main
 
 EXPERIMENT = "rlhf-vs-dpo"
 FLUSH_SECONDS = 5.0
+# What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
+WRITTEN_BY_HAND = ("src", "stages", "data/mini_tldr", "dvc.yaml", "params.yaml", "constraints.txt")
 BATCH = 1000  # metrics that MLflow takes at once
 
 
@@ -187,7 +189,7 @@ def _tags(name: str, inputs: list[Path], tags: dict[str, str]) -> dict[str, str]
         tags["dvc.exp"] = experiment
     if commit := _git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
-        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", *WRITTEN_BY_HAND))).lower()
     lock = Path("dvc.lock")
     if lock.exists():
         stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {})
