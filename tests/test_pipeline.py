@@ -176,9 +176,10 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
     before = (folder / "params.yaml").read_text()
     change(folder, "reward.training.steps", 30)
     change(folder, "reward.training.learning_rate", 0.01)
-    ends = lambda name: (
-        f"--out={out}/{name} --metrics={out}/{name}.json --curves={out}/{name}.csv --run={out}/{name}-run.json"
-    )  # noqa: E731
+
+    def ends(name: str) -> str:
+        return f"--out={out}/{name} --metrics={out}/{name}.json --curves={out}/{name}.csv --run={out}/{name}-run.json"
+
     tables = "--sft=models/sft --prompts=data/prompts.parquet --world=data/world " + f"--pairs={out}/pairs.parquet"
     reward = (
         f"{tables} --demonstrations=data/demonstrations.parquet --demonstration-scores={out}/s.parquet {ends('reward')}"
