@@ -53,7 +53,7 @@ def run(folder: Path, *command: str, expect: int | None = 0, **env: str) -> str:
     return output if expect is not None or done.returncode == 0 else f"FAILED\n{output}"
 
 
-def apart(folder: Path) -> dict[str, str]:
+def own_store(folder: Path) -> dict[str, str]:
     """For a stage started by hand: its source, and an MLflow store of its own."""
     return {"PYTHONPATH": "src", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/by-hand.db"}
 
@@ -134,7 +134,7 @@ def test_training_stages_read_nothing_of_test(smoke):
     for stage_name, options in commands.items():
         place = out / stage_name
         ends = f"--out={place} --metrics={place}.json --curves={place}.csv --run={place}-run.json"
-        run(folder, sys.executable, f"stages/{stage_name}.py", *options.split(), *ends.split(), **apart(folder))
+        run(folder, sys.executable, f"stages/{stage_name}.py", *options.split(), *ends.split(), **own_store(folder))
         made = folder / "models" / {"rl": "ppo-0"}.get(stage_name, stage_name)
         assert (place / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes(), stage_name
 
@@ -190,8 +190,8 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
         f"{tables} --demonstrations=data/demonstrations.parquet --demonstration-scores={out}/s.parquet {ends('reward')}"
     )
     simpo = f"--method=simpo --seed=0 --reference=none {tables} --heldout={out}/h.parquet {ends('simpo')}"
-    run(folder, sys.executable, "stages/reward.py", *reward.split(), **apart(folder))
-    run(folder, sys.executable, "stages/preference.py", *simpo.split(), **apart(folder))
+    run(folder, sys.executable, "stages/reward.py", *reward.split(), **own_store(folder))
+    run(folder, sys.executable, "stages/preference.py", *simpo.split(), **own_store(folder))
     (folder / "params.yaml").write_text(before)
     assert json.loads((out / "reward.json").read_text())["accuracy"] > 0.95
     curve = pd.read_csv(out / "simpo.csv")
@@ -308,7 +308,7 @@ def stage(folder: Path, method: str, reference: str, out: str, expect: int | Non
         folder, sys.executable, "stages/preference.py", "--method", method, "--seed", "0", "--sft", "models/sft",
         "--pairs", "data/pairs.parquet", "--reference", reference, "--prompts", "data/prompts.parquet", "--world", "data/world",
         "--out", f"{out}/model", "--heldout", f"{out}/heldout.parquet", "--metrics", f"{out}/metrics.json",
-        "--curves", f"{out}/curves.csv", "--run", f"{out}/run.json", expect=expect, **apart(folder), **env,
+        "--curves", f"{out}/curves.csv", "--run", f"{out}/run.json", expect=expect, **own_store(folder), **env,
     )  # fmt: skip
 
 
@@ -353,7 +353,7 @@ def test_two_processes_reinforce_the_same_policy(smoke):
             sys.executable,
             "stages/rl.py",
             *options.split(),
-            **apart(folder),
+            **own_store(folder),
             RLHF_PROCESSES=processes,
             OMP_NUM_THREADS="1",
         )
