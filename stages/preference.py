@@ -1,4 +1,4 @@
-"""Optimise the SFT policy directly on preference pairs: DPO, LN-DPO, SimPO."""
+"""Optimise the SFT policy directly on preference pairs: DPO, cDPO, IPO, LN-DPO, SimPO; offline, or in rounds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from rlhf_vs_dpo import launch, tracking
+
+SIDES = ("chosen", "rejected")
 
 
 def main(
@@ -18,47 +20,85 @@ def main(
     world: Annotated[Path, typer.Option(help="Folder of the gold reward, to watch.")],
     out: Annotated[Path, typer.Option(help="Where the policy goes.")],
     heldout: Annotated[Path, typer.Option(help="Samples taken while training.")],
+    pair_rewards: Annotated[Path, typer.Option(help="Implicit rewards of the pairs of validation.")],
     metrics: Annotated[Path, typer.Option(help="Final metrics.")],
     curves: Annotated[Path, typer.Option(help="Training curve.")],
     run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
 ) -> None:
-    """One loop, one loss each; no reward model and no sampling is part of it."""
+    """One loop, one loss each; no reward model is part of it, and no sampling where there is one round."""
     launch.on_all_devices()
     tags = {"family": "preference", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
     with tracking.stage(f"preference@{method}-{seed}", [sft, pairs, reference], run_file, **tags) as run:
+        import numpy as np
+        import pandas as pd
         import torch
 
-        from rlhf_vs_dpo import gold, models, schemas, text
+        from rlhf_vs_dpo import gold, labelling, models, schemas, text
         from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.training import preference
+        from rlhf_vs_dpo.training import forward, preference, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
 
         settings, sampling = run.section("preference", method), run.section("sampling")
         torch.manual_seed(seed)
         model, tokenizer = models.load_policy(sft)
-        start, _ = models.load_policy(sft)  # to measure KL at the watched points; the loss never sees it
-        train = schemas.read_table(pairs, "pairs", "train")
+        start, _ = models.load_policy(sft)  # to measure KL at the watched points, and for pairs of later rounds
+        policy, pad, context = Policy(model, sampling.temperature), tokenizer.pad_token_id, models.context_of(model)
+        whole = schemas.read_table(pairs, "pairs")
+        asked, judge = schemas.read_table(prompts, "prompts"), gold.load(world)
         stored = None
         if preference.NEEDS_REFERENCE[settings.loss]:
-            stored = preference.stored_reference(train, schemas.read_table(reference, "reference"), reference)
+            stored = preference.stored_reference(whole, schemas.read_table(reference, "reference"), reference)
+
+        def encoded(rows: pd.DataFrame) -> list[list[text.Tokens]]:
+            return [text.encode(tokenizer, rows["prompt"], rows[side], rows["pair_id"], context) for side in SIDES]
+
+        learning = whole.index[whole["split"] == "train"].to_numpy()
+        if settings.rounds > 1:  # each round has a share of the prompts; a draw, for the table may be in some order
+            learning = np.random.default_rng(seed).permutation(learning)
+        parts = np.array_split(learning, settings.rounds)
+        steps = [supervised.steps_over(settings, len(part)) for part in parts]
         watched = HeldOut(
-            schemas.read_table(prompts, "prompts", "validation"), gold.load(world), start, tokenizer,
-            run.section("monitor"), sampling, run.seed, preference.schedule(settings, len(train)).steps,
+            asked[asked["split"] == "validation"], judge, start, tokenizer,
+            run.section("monitor"), sampling, run.seed, sum(steps),
         )  # fmt: skip
-        chosen, rejected = (
-            text.encode(tokenizer, train["prompt"], train[side], train["pair_id"], models.context_of(model))
-            for side in ("chosen", "rejected")
-        )
-        trained = preference.train(
-            Policy(model, sampling.temperature), chosen, rejected, list(train["pair_id"]), stored,
-            tokenizer.pad_token_id, settings, seed, watched, run.log, method,
-        )  # fmt: skip
-        run.spent(tokens_trained=trained, tokens_generated=0)
+        trained = generated = taken = 0
+        for number, part in enumerate(parts):
+            rows = whole.loc[part].reset_index(drop=True)
+            known = None if stored is None else stored.loc[part].reset_index(drop=True)
+            if number > 0:  # online: pairs of the policy as it is now, on prompts that no round has had yet
+                labelled = labelling.label(
+                    model, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], judge,
+                    run.section("preferences").annotator, sampling, run.seed + number, f"pairs of round {number + 1}",
+                )  # fmt: skip
+                rows, generated = labelled.pairs, generated + labelled.tokens_generated
+            chosen, rejected = encoded(rows)
+            if number > 0 and known is not None:
+                frozen = Policy(start, sampling.temperature)
+                known = pd.DataFrame(
+                    {
+                        "chosen_logp": forward.log_likelihoods(frozen, chosen, pad),
+                        "rejected_logp": forward.log_likelihoods(frozen, rejected, pad),
+                    }
+                )
+            trained += preference.train(
+                policy, chosen, rejected, list(rows["pair_id"]), known, pad, settings, steps[number], seed, watched,
+                run.log, method, taken,
+            )  # fmt: skip
+            taken += steps[number]
+        run.spent(tokens_trained=trained, tokens_generated=generated)
         if launch.is_main():
+            held = whole.index[whole["split"] == "validation"]
+            known = None if stored is None else stored.loc[held]
+            judged = preference.implicit_rewards(policy, *encoded(whole.loc[held]), known, pad, settings)
+            table = whole.loc[held, ["pair_id", "prompt_id"]].reset_index(drop=True).join(judged)
+            schemas.write_table(table, "pair_rewards", pair_rewards)
             models.save(model, tokenizer, out)
             schemas.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
-            run.finish(run.rows[-1] | watched.final(), metrics, int(run.rows[-1]["step"]))
+            accuracy = float((table["chosen"] > table["rejected"]).mean())
+            run.finish(
+                run.rows[-1] | watched.final() | {"heldout/pair_accuracy": accuracy}, metrics, int(run.rows[-1]["step"])
+            )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ def main(
 ) -> None:
     """Write `pairs`: of train (to learn from) and of validation (to measure the reward model on)."""
     with tracking.stage("preferences", [sft, prompts], run_file) as run:
+        import pandas as pd
+
         from rlhf_vs_dpo import gold, schemas
         from rlhf_vs_dpo.errors import DataError
 
@@ -37,7 +39,17 @@ def main(
                 raise DataError(
                     "the source has no gold reward for the annotator to choose by; set `preferences.source: dataset` in params.yaml"
                 )
-            pairs, summary = annotated(run, settings, sft, prompts, judge)
+            from rlhf_vs_dpo import labelling, models
+
+            model, tokenizer = models.load_policy(sft)
+            labelled = labelling.label(
+                model, tokenizer,
+                pd.concat([schemas.read_table(prompts, "prompts", "train").head(settings.train_prompts),
+                           schemas.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
+                judge, settings.annotator, run.section("sampling"), run.seed, "two samples per prompt",
+            )  # fmt: skip
+            run.spent(tokens_generated=labelled.tokens_generated)
+            pairs, summary = labelled.pairs, labelled.summary
         for split in ("train", "validation"):
             if not (pairs["split"] == split).any():
                 raise DataError(
@@ -48,72 +60,6 @@ def main(
             {"pairs": {split: int((pairs["split"] == split).sum()) for split in ("train", "validation")}} | summary,
             metrics,
         )
-
-
-def annotated(run, settings, sft: Path, prompts: Path, judge):
-    """(pairs, what they are like) from two samples per prompt."""
-    import numpy as np
-    import pandas as pd
-
-    from rlhf_vs_dpo import annotator, gold, models, schemas, text
-    from rlhf_vs_dpo.generation import decode, generate
-
-    rows = pd.concat([schemas.read_table(prompts, "prompts", "train").head(settings.train_prompts),
-                      schemas.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)], ignore_index=True)  # fmt: skip
-    model, tokenizer = models.load_policy(sft)
-    both = pd.concat([rows.assign(sample=0), rows.assign(sample=1)], ignore_index=True)
-    encoded = text.encode_prompts(tokenizer, list(both["prompt"]))
-    drawn = generate(
-        model,
-        tokenizer,
-        encoded,
-        list(both["prompt_id"]),
-        list(both["sample"]),
-        run.section("sampling"),
-        run.seed,
-        "two samples per prompt",
-    )
-    run.spent(tokens_generated=sum(len(tokens.response) for tokens in drawn.tokens))
-    both["response"] = decode(tokenizer, drawn.tokens)
-    both["tokens"] = [len(tokens.response) for tokens in drawn.tokens]
-    both["finished"] = drawn.finished
-    scored = both.join(gold.columns(judge, both["prompt"], both["facts"], both["response"]))
-    scored["utility"] = annotator.utility(
-        scored["gold"].to_numpy(), scored["tokens"].to_numpy(), scored["filler"].to_numpy(), settings.annotator
-    )
-    a, b = scored.iloc[: len(rows)].reset_index(drop=True), scored.iloc[len(rows) :].reset_index(drop=True)
-    choice = annotator.choose(
-        a["utility"].to_numpy(), b["utility"].to_numpy(), settings.annotator, np.random.default_rng(run.seed)
-    )
-    first = pd.Series(choice.first)
-    chosen, rejected = a.where(first, b), b.where(first, a)
-    # Nothing can be learned from a pair of equal responses; and one that never ended, or says nothing, is no response.
-    usable = (a["response"] != b["response"]) & a["finished"] & b["finished"]
-    usable &= a["response"].str.strip().ne("") & b["response"].str.strip().ne("")
-    pairs = pd.DataFrame(
-        {
-            "pair_id": "pair-" + rows["prompt_id"],
-            "prompt_id": rows["prompt_id"],
-            "split": rows["split"],
-            "prompt": rows["prompt"],
-            "chosen": chosen["response"],
-            "rejected": rejected["response"],
-            "annotator": "simulated",
-            "p_chosen": choice.p_chosen,
-        }
-    )
-    differ = usable & (a["gold"] != b["gold"])
-    summary = {
-        "dropped_share": float(1 - usable.mean()),
-        "annotator_agrees_with_gold": float((chosen["gold"] > rejected["gold"])[differ].mean()),
-        "annotator_mean_p_chosen": float(choice.p_chosen[usable].mean()),
-    }
-    for name in ("gold", "tokens", "filler"):
-        summary[name] = {
-            "chosen": float(chosen[name][usable].astype(float).mean()),
-            "rejected": float(rejected[name][usable].astype(float).mean()),
-        }
-    return pairs[usable].reset_index(drop=True), summary
 
 
 if __name__ == "__main__":

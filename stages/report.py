@@ -8,11 +8,13 @@ import typer
 
 from rlhf_vs_dpo import tracking
 
-SHARED = ("base", "sft", "preferences", "reward", "reference")  # stages whose cost several methods share
+SHARED = ("base", "sft", "preferences", "reward", "reference", "pool")  # stages whose cost several methods share
 
 
 def main(
     evaluation: Annotated[Path, typer.Option(help="Metrics of all policies.")],
+    bounds: Annotated[Path, typer.Option(help="Theory's bounds beside what was measured.")],
+    best_of_n: Annotated[Path, typer.Option(help="Best-of-n over n.")],
     reward_metrics: Annotated[Path, typer.Option(help="Metrics of the reward model.")],
     samples: Annotated[Path, typer.Option(help="Folder of samples.")],
     prompts: Annotated[Path, typer.Option(help="Prompts.")],
@@ -31,7 +33,14 @@ def main(
         from rlhf_vs_dpo import config, report, schemas
         from rlhf_vs_dpo.evaluation import measure
 
-        names = config.policy_names(run.section("policies"), run.section("seeds"))
+        chosen = run.section("policies")
+        names = config.policy_names(chosen, run.section("seeds"))
+        family = {method: name for name in config.FAMILIES for method in getattr(chosen, name)}
+
+        def intended(name: str) -> pd.DataFrame:
+            """Samples of a policy, prompted as it is meant to be."""
+            table = schemas.read_table(samples / f"{name}.parquet", "samples")
+            return table[table["suffix"] == table["suffix"].iloc[0]]
 
         def curve(name: str):
             path = curves / f"{name}.csv"
@@ -39,8 +48,8 @@ def main(
 
         policies = [
             report.Policy(
-                folder, name, curve(folder), None if folder == "sft" else curve(f"{folder}-heldout"),
-                tracking.read_run(runs / f"{folder}.json"), schemas.read_table(samples / f"{folder}.parquet", "samples"),
+                folder, name, family.get(folder.rpartition("-")[0], "sft"), curve(folder), None if folder == "sft" else curve(f"{folder}-heldout"),
+                tracking.read_run(runs / f"{folder}.json"), intended(folder),
             )
             for folder, name in names.items()
         ]  # fmt: skip
@@ -49,7 +58,8 @@ def main(
         temporary.mkdir(parents=True)
         try:
             drawn = report.write(
-                temporary, policies, json.loads(evaluation.read_text()), shared,
+                temporary, policies, json.loads(evaluation.read_text()), json.loads(bounds.read_text()),
+                pd.read_csv(best_of_n), shared,
                 schemas.read_table(prompts, "prompts", "test"), schemas.read_table(demonstrations, "demonstrations", "test"),
                 json.loads(reward_metrics.read_text()), measure.judged_by(policies[0].samples), run.section("seeds"),
                 run.section("report").examples,

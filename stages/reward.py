@@ -42,9 +42,9 @@ def main(
         train, held = (schemas.read_table(pairs, "pairs", split) for split in ("train", "validation"))
         demos = schemas.read_table(demonstrations, "demonstrations")
         demo_tokens = encoded(demos, "response", "prompt_id")
+        good, bad = encoded(train, "chosen", "pair_id"), encoded(train, "rejected", "pair_id")
         trained = training.train(
-            scorer, encoded(train, "chosen", "pair_id"), encoded(train, "rejected", "pair_id"), list(train["pair_id"]),
-            pad, settings.training, run.seed, run.log, "reward",
+            scorer, good, bad, list(train["pair_id"]), pad, settings.training, run.seed, run.log, "reward",
         )  # fmt: skip
         run.spent(tokens_trained=trained)
         if not launch.is_main():
@@ -53,6 +53,8 @@ def main(
         normalising = raw[(demos["split"] == "train").to_numpy()]
         scorer.model.config.reward_shift = float(normalising.mean())
         scorer.model.config.reward_scale = float(normalising.std()) if settings.unit_scale else 1.0
+        seen = forward.scores(scorer, good + bad, pad, "range of scores on pairs")
+        scorer.model.config.reward_range = [min(seen), max(seen)]  # beyond it, the model extrapolates
         chosen, rejected = encoded(held, "chosen", "pair_id"), encoded(held, "rejected", "pair_id")
         scored = held.assign(
             chosen_reward=forward.scores(scorer, chosen, pad),
@@ -70,6 +72,7 @@ def main(
             "reward_shift": scorer.model.config.reward_shift,
             "reward_scale": scorer.model.config.reward_scale,
             "demonstration_std": float(normalising.std()),
+            "range_on_training_pairs": {"low": min(seen), "high": max(seen)},
         }
         scores = (raw - scorer.model.config.reward_shift) / scorer.model.config.reward_scale
         table = demos[["prompt_id", "split", "response"]].assign(reward=scores)[demos["split"] != "train"]

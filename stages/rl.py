@@ -1,11 +1,11 @@
-"""Optimise the SFT policy against the reward model: PPO, PPO-ptx."""
+"""Optimise the SFT policy against the reward model: REINFORCE, RLOO, TRPO, PPO, PPO-ptx."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import launch, tracking
+from rlhf_vs_dpo import alarms, launch, tracking
 
 
 def main(
@@ -14,6 +14,9 @@ def main(
     sft: Annotated[Path, typer.Option(help="Policy to start from, and to stay close to.")],
     reward: Annotated[Path, typer.Option(help="Reward model.")],
     prompts: Annotated[Path, typer.Option(help="Prompts: train to learn on, validation to watch.")],
+    demonstrations: Annotated[
+        Path, typer.Option(help="Demonstrations, which the reward model must score 0 on average.")
+    ],
     corpus: Annotated[Path, typer.Option(help="Pretraining text, for PPO-ptx.")],
     world: Annotated[Path, typer.Option(help="Folder of the gold reward, to watch.")],
     out: Annotated[Path, typer.Option(help="Where the policy goes.")],
@@ -30,7 +33,7 @@ def main(
 
         from rlhf_vs_dpo import gold, models, schemas, text
         from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.training import policy_gradient
+        from rlhf_vs_dpo.training import invariants, policy_gradient
         from rlhf_vs_dpo.training.monitor import HeldOut
 
         settings, sampling = run.section("rl", method), run.section("sampling")
@@ -38,15 +41,24 @@ def main(
         model, tokenizer = models.load_policy(sft)
         reference, _ = models.load_policy(sft)
         train = schemas.read_table(prompts, "prompts", "train")
-        documents = schemas.read_table(corpus, "corpus", "train")["text"] if settings.ptx_coefficient > 0 else []
+        ptx = getattr(settings, "ptx_coefficient", 0.0) > 0
+        documents = schemas.read_table(corpus, "corpus", "train")["text"] if ptx else []
         watched = HeldOut(
             schemas.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
             run.section("monitor"), sampling, run.seed, settings.iterations,
         )  # fmt: skip
+        scorer = models.load_scorer(reward)
+        shown = schemas.read_table(demonstrations, "demonstrations", "train").head(512)
+        invariants.check_normalised(
+            scorer,
+            text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], models.context_of(model)),
+            tokenizer.pad_token_id,
+        )
         totals = policy_gradient.train(
-            Policy(model, sampling.temperature), Policy(reference, sampling.temperature), models.load_scorer(reward),
+            Policy(model, sampling.temperature), Policy(reference, sampling.temperature), scorer,
             tokenizer, text.encode_prompts(tokenizer, list(train["prompt"])), list(train["prompt_id"]),
-            text.documents(tokenizer, documents, models.context_of(model)), settings, sampling, seed, watched, run.log, method,
+            text.documents(tokenizer, documents, models.context_of(model)), settings, sampling, seed, watched,
+            alarms.listening(run.log, run.warn, settings.iterations), method,
         )  # fmt: skip
         run.spent(tokens_trained=totals.tokens_trained, tokens_generated=totals.tokens_generated)
         if launch.is_main():

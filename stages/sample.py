@@ -40,24 +40,29 @@ def main(
 
         each = pd.concat([rows.assign(sample=number) for number in range(settings.per_prompt)], ignore_index=True)
         each = each.sort_values(["prompt_id", "sample"], ignore_index=True)
-        encoded = text.encode_prompts(tokenizer, list(each["prompt"]))
-        drawn = generate(
-            model, tokenizer, encoded, list(each["prompt_id"]), list(each["sample"]), sampling, run.seed, policy.name
-        )
-        run.spent(tokens_generated=sum(len(tokens.response) for tokens in drawn.tokens))
-        pad = tokenizer.pad_token_id
-        table = each[["prompt_id", "sample"]].assign(
-            response=decode(tokenizer, drawn.tokens),
-            tokens=[len(tokens.response) for tokens in drawn.tokens],
-            finished=drawn.finished,
-            logp=forward.log_likelihoods(Policy(model, sampling.temperature), drawn.tokens, pad, "log pi"),
-            reference_logp=forward.log_likelihoods(
-                Policy(reference, sampling.temperature), drawn.tokens, pad, "log ref"
-            ),
-            reward=forward.scores(scorer, drawn.tokens, pad, "reward"),
-        )
-        table["reward"] = table["reward"].where(table["finished"])
-        table = table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"]))
+        plain, pad = text.encode_prompts(tokenizer, list(each["prompt"])), tokenizer.pad_token_id
+        tables = []
+        for suffix in models.prompt_suffixes(model):  # the folder says how it is prompted; mostly by the prompt alone
+            asked = text.encode_prompts(tokenizer, list(each["prompt"]), suffix)
+            drawn = generate(
+                model, tokenizer, asked, list(each["prompt_id"]), list(each["sample"]), sampling, run.seed,
+                f"{policy.name} {suffix}".strip(),
+            )  # fmt: skip
+            # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.
+            seen = [text.Tokens(prompt, said.response) for prompt, said in zip(plain, drawn.tokens, strict=True)]
+            table = each[["prompt_id", "sample"]].assign(
+                suffix=suffix,
+                response=decode(tokenizer, drawn.tokens),
+                tokens=[len(tokens.response) for tokens in drawn.tokens],
+                finished=drawn.finished,
+                logp=forward.log_likelihoods(Policy(model, sampling.temperature), drawn.tokens, pad, "log pi"),
+                reference_logp=forward.log_likelihoods(Policy(reference, sampling.temperature), seen, pad, "log ref"),
+                reward=forward.scores(scorer, seen, pad, "reward"),
+            )
+            table["reward"] = table["reward"].where(table["finished"])
+            tables.append(table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"])))
+        table = pd.concat(tables, ignore_index=True)
+        run.spent(tokens_generated=int(table["tokens"].sum()))
         kept = forgetting.retention(model, tokenizer, documents, questions)
         if heldout is not None:
             scored = monitor.curve(schemas.read_table(heldout, "heldout"), scorer, pad)

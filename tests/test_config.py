@@ -37,8 +37,13 @@ def test_sections_equal_the_models_both_ways(params):
     for name, kind in config.SECTIONS.items():
         if name not in config.FAMILIES:
             compare(kind, params[name], name)
-    assert {*params["rl"]["defaults"]} == config.Rl.model_fields.keys()
-    assert {*params["preference"]["defaults"]} == config.PairTraining.model_fields.keys()
+    for family, kind in config.FAMILIES.items():  # what an entry and the defaults hold together is what its model knows
+        for method in params[family].keys() - {"defaults"}:
+            entry = params[family][method]
+            known = config._kinds(family)[entry[kind]].model_fields.keys()
+            assert known == {*entry, *(params[family]["defaults"].keys() & known)}, f"{family}.{method}"
+        everything = set().union(*(kind.model_fields for kind in config._kinds(family).values()))
+        assert params[family]["defaults"].keys() <= everything, family
 
 
 def test_no_number_hides_in_the_code():
@@ -58,7 +63,7 @@ def test_a_new_variant_is_one_entry(params):
 
 
 def test_policy_names():
-    policies = config.Policies(rl=["ppo"], preference=["dpo"])
+    policies = config.Policies(rl=["ppo"], preference=["dpo"], imitation=[], best_of_n=[4])
     assert config.policy_names(policies, [3]) == {"sft": "sft", "ppo-3": "ppo", "dpo-3": "dpo"}
     assert config.policy_names(policies, [0, 1])["dpo-1"] == "dpo-1"
 
@@ -82,7 +87,20 @@ def test_policy_names():
         ("policies.preference", ["dpo", "dpo"], "lists a method twice"),
         ("rl.ppo", 3, "`rl.ppo` is 3; a method is a map of keys"),
         ("rl.defaults.value_warmup", 60, "value_warmup (60) must be below iterations (60)"),
-        ("policies.preference", ["sft"], "names are taken by stages"),
+        ("policies.preference", ["sft"], "that name is taken"),
+        ("policies.imitation", ["dpo"], "there is no `imitation.dpo`"),
+        ("policies.best_of_n", [16, 16], "`policies.best_of_n` lists a number twice"),
+        ("policies.best_of_n", [64], "more than `pool.test_samples` (32)"),
+        ("imitation.best_of_n.n", 32, "`imitation.best_of_n.n` (32) is more than `pool.train_samples` (16)"),
+        ("imitation.chosen_sft.rounds", 2, "`imitation.chosen_sft.rounds` is 2"),
+        ("imitation.chosen_sft.recipe", "sft", "is 'sft', which is no known recipe"),
+        ("rl.trpo.algorithm", "trpoo", "`rl.trpo.algorithm` is 'trpoo', which is no known algorithm"),
+        ("rl.trpo.clip", 0.2, "unknown key `rl.trpo.clip`"),
+        ("rl.defaults.clap", 0.2, "unknown key `rl.defaults.clap`"),
+        ("rl.rloo.samples_per_prompt", 1, "samples_per_prompt must be at least 2"),
+        ("rl.rloo.samples_per_prompt", 3, "episodes (128) must be a multiple of samples_per_prompt (3)"),
+        ("preference.cdpo.label_smoothing", 0.5, "`preference.cdpo.label_smoothing` is 0.5"),
+        ("pool.deep_prompts", 501, "deep_prompts <= test_prompts"),
         ("policies", [], "`policies` is []"),
         ("seeds", [0, 0], "`seeds` holds a seed twice"),
         ("seed", "0", "`seed` is '0'"),
@@ -113,6 +131,11 @@ def test_wrong_keys_are_named(params, path, value, message):
         "preference.simpo.gamma",
         "base.scratch.width",
         "preference.dpo.loss",
+        "preference.ipo.tau",
+        "rl.ppo.algorithm",
+        "rl.trpo.max_kl",
+        "imitation.best_of_n.n",
+        "theory.episodes",
     ],
 )
 def test_missing_keys_are_named(params, path):
@@ -151,3 +174,13 @@ def test_yaml_is_read_as_dvc_reads_it(tmp_path):
         config.read_params(tmp_path / "p.yaml")
     with pytest.raises(ParamsError, match="no such file"):
         config.read_params(tmp_path / "q.yaml")
+
+
+def test_online_pairs_need_somebody_to_choose(params):
+    put(params, "data.source", "files")
+    put(params, "data.files.preferences", "x.jsonl")
+    put(params, "preferences.source", "dataset")
+    with pytest.raises(
+        ParamsError, match=r"`preference.dpo_online.rounds` above 1 needs `preferences.source: annotator`"
+    ):
+        config.check(params)

@@ -12,10 +12,11 @@ from test_training import NoWatch, rl_settings, run_ppo, scorer, variant, weight
 
 from rlhf_vs_dpo.config import Monitor, Sampling
 from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.losses.dpo import dpo, ln_dpo
+from rlhf_vs_dpo.losses.dpo import cdpo, dpo, ln_dpo
+from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
 from rlhf_vs_dpo.text import Tokens, collate
-from rlhf_vs_dpo.training import forgetting, monitor, policy_gradient, preference
+from rlhf_vs_dpo.training import attempts, forgetting, monitor, preference, rollouts, supervised
 from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training.forward import log_likelihoods, scores
 from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
@@ -53,10 +54,13 @@ def roll(world, tokenizer, accelerate=None):
     policy, reference, reward, value = world
     prompts = [[tokenizer.bos_token_id, 5 + i % 3] for i in range(12)]
     names = [f"p{i}" for i in range(12)]
-    return policy_gradient.rollout(
-        accelerate or accelerator(), policy, value, policy, reference, reward, tokenizer, prompts, names, list(range(12)),
+    accelerate = accelerate or accelerator()
+    episodes, metrics = rollouts.rollout(
+        accelerate, policy, value, policy, reference, reward, tokenizer, prompts, names, list(range(12)),
         SETTINGS, SAMPLING, 0.3, (0, 0), 64,
     )  # fmt: skip
+    episodes, explained = rollouts.generalised_advantages(accelerate, episodes, SETTINGS)
+    return episodes, metrics | explained
 
 
 def test_a_rollout_against_brute_force(world, tokenizer):
@@ -107,6 +111,14 @@ def optimiser(module, **changes):
     return Optimiser(accelerator(), module, **(given | changes))
 
 
+def learner(policy, value, settings=SETTINGS, corpus=(), **changes):
+    """What `improve` gets: optimisers of both, random streams, a small budget."""
+    return attempts.Learner(
+        accelerator(), settings, policy, optimiser(policy, **changes), value and optimiser(value), corpus, 3, 64,
+        np.random.default_rng(0), np.random.default_rng(1),
+    )  # fmt: skip
+
+
 def test_an_update_against_brute_force(world, tokenizer):
     """Losses of the first step, with old log-probabilities and values moved so that both clips bind somewhere."""
     policy, _, _, value = world
@@ -123,10 +135,7 @@ def test_an_update_against_brute_force(world, tokenizer):
     clipped = old + (new - old).clamp(-0.05, 0.05)
     value_loss = 0.5 * torch.maximum((new - g) ** 2, (clipped - g) ** 2).mean()
     outside = ((ratio - 1).abs() > 0.1).float().mean()
-    measured = policy_gradient.update(
-        accelerator(), optimiser(policy), optimiser(value), episodes, [], SETTINGS, np.random.default_rng(0), np.random.default_rng(1),
-        tokenizer.pad_token_id, 64, train_policy=True,
-    )  # fmt: skip
+    measured = attempts.clipped_steps(learner(policy, value), episodes)
     assert 0.1 < outside < 0.9
     assert measured["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
     assert measured["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
@@ -148,22 +157,23 @@ def gradients(module) -> torch.Tensor:
 
 def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
     policy = Policy(small_model(tokenizer, scale=2.0), 1.0)
-    settings = rl_settings(ptx_coefficient=0.7, ptx_batch=12)
-    taught = optimiser(policy)
+    taught = learner(policy, None, rl_settings(ptx_coefficient=0.7, ptx_batch=12), examples)
     policy(collate(examples[:3], 3)).sums().sum().backward()
     before = gradients(policy)
-    rng = np.random.default_rng(0)
-    loss, share, read = policy_gradient.accumulate_ptx(accelerator(), taught, examples, settings, rng, 3, 10_000)
+    measured = attempts.accumulate_ptx(taught)
     added = gradients(policy) - before
-    picked = np.random.default_rng(0).choice(12, size=12, replace=False)
+    picked = np.random.default_rng(1).choice(12, size=12, replace=False)
     chosen = [examples[i] for i in picked]
-    assert read == sum(map(len, chosen))
+    assert taught.trained == sum(map(len, chosen))
     policy.zero_grad()
     mean = -policy(collate(chosen, 3)).sums().sum() / sum(len(e.response) for e in chosen)
     mean.backward()
     expected = 0.7 * gradients(policy)
-    assert torch.allclose(added, expected, atol=1e-4) and loss == pytest.approx(mean.item(), rel=1e-5)
-    assert share == pytest.approx((expected.norm() / (expected.norm() + before.norm())).item(), rel=1e-3)
+    assert torch.allclose(added, expected, atol=1e-4)
+    assert measured["ptx_loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert measured["ptx_gradient_share"] == pytest.approx(
+        (expected.norm() / (expected.norm() + before.norm())).item(), rel=1e-3
+    )
 
 
 # ---- the optimiser ---------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def test_the_schedule_and_the_clip_reach_the_optimiser(tokenizer, examples):
 # ---- preference losses, as the loop calls them -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dpo", "ln_dpo", "simpo"])
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo", "ln_dpo", "simpo"])
 def test_the_loop_hands_each_loss_what_it_needs(tokenizer, examples, name, monkeypatch):
     """Loss and metrics of the first step, recomputed from brute-force log-probabilities; all lengths differ."""
     settings = variant(name, batch=6, learning_rate=1e-12)
@@ -204,12 +214,14 @@ def test_the_loop_hands_each_loss_what_it_needs(tokenizer, examples, name, monke
     sides = (logp[:6], logp[6:])
     expected = {
         "dpo": lambda: dpo(*sides, ref[:, 0], ref[:, 1], settings.beta),
+        "cdpo": lambda: cdpo(*sides, ref[:, 0], ref[:, 1], settings.beta, settings.label_smoothing),
+        "ipo": lambda: ipo(*sides, ref[:, 0], ref[:, 1], settings.tau),
         "ln_dpo": lambda: ln_dpo(*sides, ref[:, 0], ref[:, 1], lengths[:6], lengths[6:], settings.beta),
         "simpo": lambda: simpo(*sides, lengths[:6], lengths[6:], settings.beta, settings.gamma),
     }[name]()
     rows = []
     preference.train(
-        policy, chosen, rejected, list("abcdef"), None if name == "simpo" else reference, 3, settings, 0, NoWatch(),
+        policy, chosen, rejected, list("abcdef"), None if name == "simpo" else reference, 3, settings, 1, 0, NoWatch(),
         lambda m, s: rows.append(m), "x",
     )  # fmt: skip
     assert rows[0]["loss"] == pytest.approx(expected.loss.mean().item(), abs=1e-4)
@@ -237,6 +249,7 @@ def test_training_moves_towards_the_chosen(tokenizer, examples):
         stored(tokenizer, examples),
         3,
         settings,
+        supervised.steps_over(settings, 6),
         0,
         NoWatch(),
         lambda m, s: None,

@@ -9,9 +9,11 @@ from rlhf_vs_dpo.evaluation.statistics import interval, resample_weights, win_sh
 
 
 def test_win_share_counts_ties_half_and_responses_that_never_ended_as_lost():
-    assert win_share(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == (3.5, 4)
-    assert win_share(np.array([np.nan]), np.array([-9.0])) == (0.0, 1)
-    assert win_share(np.array([np.nan]), np.array([np.nan])) == (0.5, 1)
+    one, both = np.ones(1), np.ones(2)
+    assert win_share(np.array([1.0, 2.0]), both, np.array([1.0, 0.0])) == (3.5, 4)
+    assert win_share(np.array([1.0, 2.0]), np.array([0.25, 0.75]), np.array([1.0, 0.0])) == (0.25 * 1.5 + 0.75 * 2, 2)
+    assert win_share(np.array([np.nan]), one, np.array([-9.0])) == (0.0, 1)
+    assert win_share(np.array([np.nan]), one, np.array([np.nan])) == (0.5, 1)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -66,21 +68,24 @@ def test_metrics_of_a_policy_by_hand():
     demos = pd.DataFrame({"prompt_id": ["p0", "p1"], "gold": [0.0, 5.0], "reward": 0.0})
     result = policy(ours, kept, sft, demos, Bootstrap.of(sft, kept, 200, 0))
     means = {metric: result[metric]["mean"] for metric in METRICS}
+    assert means.pop("pair_accuracy") is None
     assert means == pytest.approx(
         {
             "gold": 2.0,
             "reward": 1.0,
             "win_rate_vs_sft": 0.5,
+            "win_rate_vs_sft_by_rm": 0.5,
             "win_rate_vs_demonstration": 0.5,
             "kl": 0.5,
             "tokens": 3.0,
+            "sampled_tokens": 3.0,
             "finished": 1.0,
             "filler": 0.0,
             "corpus_perplexity": 2.0,
             "fact_recall": 0.5,
         }
     )
-    assert all(result[m]["low"] <= result[m]["mean"] <= result[m]["high"] for m in METRICS)
+    assert all(result[m]["low"] <= result[m]["mean"] <= result[m]["high"] for m in means)
 
 
 def test_sft_against_itself_is_a_draw():
@@ -107,3 +112,16 @@ def test_without_gold_the_reward_model_judges_and_the_rest_is_null():
     result = policy(ours, kept, ours, demos, Bootstrap.of(ours, kept, 200, 0))
     assert result["gold"] == {"mean": None, "low": None, "high": None}
     assert result["win_rate_vs_demonstration"]["mean"] == 0.5
+
+
+def test_weights_count_samples_and_pairs_count_as_a_reward_model():
+    ours, kept = tables([1.0, 3.0, 2.0, 2.0])
+    sft, _ = tables([2.0, 2.0, 1.0, 3.0])
+    demos = pd.DataFrame({"prompt_id": ["p0", "p1"], "gold": [0.0, 5.0], "reward": 0.0})
+    weighted = ours.assign(weight=[0.0, 1.0, 0.5, 0.5], sampled_tokens=8.0)
+    pairs = pd.DataFrame({"prompt_id": ["a", "a", "b"], "chosen": [1.0, 0.0, 2.0], "rejected": [0.0, 1.0, 2.0]})
+    result = policy(weighted, None, sft, demos, Bootstrap.of(sft, kept, 200, 0), pairs)
+    assert result["gold"]["mean"] == pytest.approx(2.5)  # (3 + 2) / 2
+    assert result["win_rate_vs_sft"]["mean"] == pytest.approx(0.75)  # 3 beats 2 and 2; 2 beats 1 and loses to 3
+    assert result["sampled_tokens"]["mean"] == 8.0 and result["corpus_perplexity"]["mean"] is None
+    assert result["pair_accuracy"]["mean"] == pytest.approx(0.5)

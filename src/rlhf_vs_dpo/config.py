@@ -4,7 +4,7 @@ There are no defaults here: every number stands in params.yaml, so that DVC sees
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -187,30 +187,85 @@ class Monitor(Section):
     prompts: Count
 
 
+class Pool(Section):
+    """How many responses of the SFT policy are drawn and scored, for which prompts."""
+
+    train_prompts: Count
+    train_samples: Count
+    test_prompts: Count
+    test_samples: Count
+    deep_prompts: Steps
+    deep_samples: Count
+
+    @model_validator(mode="after")
+    def _nested(self) -> "Pool":
+        if self.deep_prompts > self.test_prompts or self.deep_samples < self.test_samples:
+            raise ValueError(
+                "deep_prompts are the first of test_prompts, with more samples: "
+                "deep_prompts <= test_prompts and deep_samples >= test_samples"
+            )
+        return self
+
+
 class Rl(Section):
+    """What every attempt at reinforcement learning shares: its rollouts and its KL-shaped reward."""
+
     iterations: Count
     episodes: Count
-    epochs: Count
-    minibatches: Count
-    learning_rate: Positive
-    value_learning_rate: Positive
+    samples_per_prompt: Count
     schedule: Literal["constant", "linear", "cosine"]
     adam_epsilon: Positive
     max_grad_norm: Positive
     kl_coefficient: NonNegative
     kl_target: Positive | None
     kl_horizon: Positive
-    clip: Positive
-    value_clip: Positive
-    gae_discount: Share
-    gae_lambda: Share
     unfinished_reward: float
-    ptx_coefficient: NonNegative
-    ptx_batch: Count
-    value_warmup: Steps
 
     @model_validator(mode="after")
     def _divides(self) -> "Rl":
+        if self.episodes % self.samples_per_prompt:
+            raise ValueError(
+                f"episodes ({self.episodes}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})"
+            )
+        return self
+
+
+class Reinforce(Rl):
+    algorithm: Literal["reinforce"]
+    learning_rate: Positive
+    baseline: bool
+
+    @model_validator(mode="after")
+    def _has_others(self) -> "Reinforce":
+        if self.baseline and self.episodes < 2:
+            raise ValueError("episodes must be at least 2: the baseline is the mean of the others")
+        return self
+
+
+class Rloo(Rl):
+    algorithm: Literal["rloo"]
+    learning_rate: Positive
+
+    @model_validator(mode="after")
+    def _has_others(self) -> "Rloo":
+        if self.samples_per_prompt < 2:
+            raise ValueError("samples_per_prompt must be at least 2: the baseline is the mean of the others")
+        return self
+
+
+class WithCritic(Rl):
+    """A value network beside the policy, and advantages per token by GAE."""
+
+    epochs: Count
+    minibatches: Count
+    value_learning_rate: Positive
+    value_clip: Positive
+    value_warmup: Steps
+    gae_discount: Share
+    gae_lambda: Share
+
+    @model_validator(mode="after")
+    def _minibatches(self) -> "WithCritic":
         if self.episodes % self.minibatches:
             raise ValueError(f"episodes ({self.episodes}) must be a multiple of minibatches ({self.minibatches})")
         if self.value_warmup >= self.iterations:
@@ -218,8 +273,28 @@ class Rl(Section):
         return self
 
 
-class PairTraining(Section):
-    """What every loss on pairs shares."""
+class Trpo(WithCritic):
+    algorithm: Literal["trpo"]
+    max_kl: Positive
+    damping: NonNegative
+    cg_steps: Count
+    fisher_share: Annotated[float, Field(gt=0, le=1)]
+    backtracks: Steps
+
+
+class Ppo(WithCritic):
+    algorithm: Literal["ppo"]
+    learning_rate: Positive
+    clip: Positive
+    ptx_coefficient: NonNegative
+    ptx_batch: Count
+
+
+AnyRl = Annotated[Reinforce | Rloo | Trpo | Ppo, Field(discriminator="algorithm")]
+
+
+class Passes(Section):
+    """Passes of AdamW over pairs or examples: what every loss on given texts shares."""
 
     epochs: Positive
     batch: Count
@@ -229,25 +304,62 @@ class PairTraining(Section):
     weight_decay: NonNegative
     max_grad_norm: Positive
     adam_epsilon: Positive
+    rounds: Count  # 1: the texts that are there; in later rounds, texts sampled from the policy of the last
 
 
-class Dpo(PairTraining):
+class Dpo(Passes):
     loss: Literal["dpo"]
     beta: Positive
 
 
-class LnDpo(PairTraining):
+class Cdpo(Passes):
+    loss: Literal["cdpo"]
+    beta: Positive
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+
+
+class Ipo(Passes):
+    loss: Literal["ipo"]
+    tau: Positive
+
+
+class LnDpo(Passes):
     loss: Literal["ln_dpo"]
     beta: Positive
 
 
-class SimPo(PairTraining):
+class SimPo(Passes):
     loss: Literal["simpo"]
     beta: Positive
     gamma: float
 
 
-Preference = Annotated[Dpo | LnDpo | SimPo, Field(discriminator="loss")]
+Preference = Annotated[Dpo | Cdpo | Ipo | LnDpo | SimPo, Field(discriminator="loss")]
+
+
+class Once(Passes):
+    rounds: Literal[1]
+
+
+class ChosenSft(Once):
+    recipe: Literal["chosen_sft"]
+
+
+class ControlTokens(Once):
+    recipe: Literal["control_tokens"]
+
+
+class RmFiltered(Passes):
+    recipe: Literal["rm_filtered"]
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
+class BestOfN(Passes):
+    recipe: Literal["best_of_n"]
+    n: Annotated[int, Field(ge=2, le=1024)]
+
+
+Imitation = Annotated[ChosenSft | ControlTokens | RmFiltered | BestOfN, Field(discriminator="recipe")]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -262,13 +374,37 @@ class Evaluate(Section):
     resamples: Annotated[int, Field(ge=100)]
 
 
+class Tabular(Section):
+    """Enumerable problem 1: a softmax over outcomes for each prompt, one logit each."""
+
+    prompts: Annotated[int, Field(ge=1, le=16)]
+    outcomes: Annotated[int, Field(ge=2, le=5000)]
+
+
+class Theory(Section):
+    """Problems that are small enough to be solved exactly."""
+
+    tabular: Tabular
+    kl_coefficient: Positive
+    rl_iterations: Count
+    episodes: Annotated[int, Field(ge=8, multiple_of=8)]
+    pairs: Annotated[int, Field(ge=64)]
+    pair_steps: Count
+    transformer_iterations: Count
+    law_outcomes: Annotated[int, Field(ge=2, le=5000)]
+
+
 class Report(Section):
     examples: Count
 
 
 class Policies(Section):
+    """Rows of the comparison: entries of the families, and n of best-of-n without training."""
+
     rl: list[Name]
     preference: list[Name]
+    imitation: list[Name]
+    best_of_n: list[Annotated[int, Field(ge=2, le=1024)]]
 
 
 SECTIONS: dict[str, Any] = {
@@ -282,13 +418,17 @@ SECTIONS: dict[str, Any] = {
     "preferences": Preferences,
     "reward": Reward,
     "monitor": Monitor,
-    "rl": Rl,
+    "rl": AnyRl,
     "preference": Preference,
+    "pool": Pool,
+    "imitation": Imitation,
+    "theory": Theory,
     "sample": Sample,
     "evaluate": Evaluate,
     "report": Report,
 }
-FAMILIES = ("rl", "preference")  # sections that hold `defaults` and one entry per method
+# Sections that hold `defaults` and one entry per method -> the key of an entry that says which kind of method it is.
+FAMILIES = {"rl": "algorithm", "preference": "loss", "imitation": "recipe"}
 
 
 def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
@@ -313,11 +453,25 @@ def section(params: dict[str, Any], name: str, method: str | None = None, place:
             entry = {} if values[method] is None else values[method]
             if not isinstance(entry, dict):
                 raise ParamsError(f"{place}: `{key}` is {entry!r}; a method is a map of keys")
-            values = {**values["defaults"], **entry}
+            values = _over_defaults(name, values["defaults"], entry)
     except (KeyError, TypeError) as error:
         lost = error.args[0] if isinstance(error, KeyError) else key
         raise ParamsError(f"{place}: missing key `{lost if lost == name else f'{name}.{lost}'}`") from None
     return _validated(SECTIONS[name], values, key, place)
+
+
+def _kinds(family: str) -> dict[str, type[Section]]:
+    """Value of a family's discriminator -> its model."""
+    members = get_args(get_args(SECTIONS[family])[0])
+    return {get_args(member.model_fields[FAMILIES[family]].annotation)[0]: member for member in members}
+
+
+def _over_defaults(family: str, defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry laid over those of its family's defaults that its kind of method knows (TRPO has no `clip`)."""
+    kinds = _kinds(family)
+    kind = entry.get(FAMILIES[family])
+    known = kinds[kind].model_fields if isinstance(kind, str) and kind in kinds else {}
+    return {**{key: value for key, value in defaults.items() if key in known}, **entry}
 
 
 def _validated(kind: Any, values: Any, key: str, place: str) -> Any:
@@ -329,8 +483,11 @@ def _validated(kind: Any, values: Any, key: str, place: str) -> Any:
 
 def _explain(error: Any, key: str, place: str) -> str:
     # A discriminated union puts its tag ("dpo") at the head of the location; it is no key of the file.
-    inner = [str(part) for part in error["loc"] if str(part) not in ("dpo", "ln_dpo", "simpo")]
+    family = key.split(".")[0]
+    tags = _kinds(family) if family in FAMILIES else {}
+    inner = [str(part) for part in error["loc"] if str(part) not in tags]
     dotted = ".".join([key, *inner])
+    tag = FAMILIES.get(family)
     match error["type"]:
         case "extra_forbidden":
             return f"{place}: unknown key `{dotted}`; check its spelling, or remove it"
@@ -338,9 +495,9 @@ def _explain(error: Any, key: str, place: str) -> str:
             return f"{place}: missing key `{dotted}`; profiles/default.yaml shows its default"
         case "union_tag_invalid":
             known = error["ctx"]["expected_tags"]
-            return f"{place}: `{dotted}.loss` is {error['ctx']['tag']!r}, which is no known loss ({known})"
+            return f"{place}: `{dotted}.{tag}` is {error['ctx']['tag']!r}, which is no known {tag} ({known})"
         case "union_tag_not_found":
-            return f"{place}: missing key `{dotted}.loss`"
+            return f"{place}: missing key `{dotted}.{tag}`; it is one of {', '.join(tags)}"
     if error["type"] == "value_error":  # keys that do not fit together
         return f"{place}: `{dotted}`: {error['ctx']['error']}"
     return f"{place}: `{dotted}` is {error['input']!r}: {error['msg']}"
@@ -369,6 +526,11 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
         if not isinstance(entries, dict) or not isinstance(entries.get("defaults"), dict):
             faults.append(f"{place}: missing key `{family}.defaults`")
             continue
+        known = {key for kind in _kinds(family).values() for key in kind.model_fields}
+        faults += [
+            f"{place}: unknown key `{family}.defaults.{key}`; check its spelling, or remove it"
+            for key in entries["defaults"].keys() - known
+        ]
         for method in entries.keys() - {"defaults"}:
             attempt(family, method)
         for method in listed.get(family, []):
@@ -376,12 +538,14 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
                 faults.append(f"{place}: `policies.{family}` lists {method!r}, but there is no `{family}.{method}`")
         if len(set(listed.get(family, []))) < len(listed.get(family, [])):
             faults.append(f"{place}: `policies.{family}` lists a method twice")
-    twice = set(listed.get("rl", [])) & set(listed.get("preference", []))
-    faults += [
-        f"{place}: {name!r} is listed under both `policies.rl` and `policies.preference`" for name in sorted(twice)
-    ]
-    if {"sft", "base", "reward"} & {name for names in listed.values() for name in names}:
-        faults.append(f"{place}: `policies` lists sft, base or reward; these names are taken by stages, choose another")
+    everywhere = [name for names in listed.values() for name in names]
+    twice = {name for name in everywhere if everywhere.count(name) > 1}
+    faults += [f"{place}: {name!r} is listed under several families of `policies`" for name in sorted(twice)]
+    rows = {f"best_of_{n}" for n in policies.best_of_n} if policies else set()
+    taken = {"sft", "base", "reward", *rows} & set(everywhere)
+    faults += [f"{place}: `policies` lists {name}; that name is taken, choose another" for name in sorted(taken)]
+    if policies and len(set(policies.best_of_n)) < len(policies.best_of_n):
+        faults.append(f"{place}: `policies.best_of_n` lists a number twice")
     seeds = params.get("seeds")
     if isinstance(seeds, list) and len(set(map(str, seeds))) < len(seeds):
         faults.append(f"{place}: `seeds` holds a seed twice")
@@ -404,6 +568,23 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
         faults.append(f"{place}: `data.source` is {data.source}, which needs `preferences.source: {needed}`")
     if base.pretrained is None and section(params, "sampling").max_new_tokens >= base.scratch.context:
         faults.append(f"{place}: `sampling.max_new_tokens` leaves no room for a prompt in `base.scratch.context`")
+    pool, policies = section(params, "pool"), section(params, "policies")
+    for n in policies.best_of_n:
+        if n > pool.test_samples:
+            faults.append(
+                f"{place}: `policies.best_of_n` lists {n}, more than `pool.test_samples` ({pool.test_samples})"
+            )
+    for method in policies.imitation:
+        entry = section(params, "imitation", method)
+        if getattr(entry, "n", 1) > pool.train_samples:
+            faults.append(
+                f"{place}: `imitation.{method}.n` ({entry.n}) is more than `pool.train_samples` ({pool.train_samples})"
+            )
+    for method in policies.preference:
+        if section(params, "preference", method).rounds > 1 and own_pairs:
+            faults.append(
+                f"{place}: `preference.{method}.rounds` above 1 needs `preferences.source: annotator`, to choose between new samples"
+            )
     if section(params, "report").examples > section(params, "sample").prompts:
         faults.append(f"{place}: `report.examples` is more than `sample.prompts`")
     return faults
@@ -412,7 +593,7 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
 def policy_names(policies: Policies, seeds: list[int]) -> dict[str, str]:
     """Folder name under models/ -> name in tables: the method's, with -<seed> behind it where there are several seeds."""
     names = {"sft": "sft"}
-    for method in [*policies.rl, *policies.preference]:
+    for method in [name for family in FAMILIES for name in getattr(policies, family)]:
         for seed in seeds:
             names[f"{method}-{seed}"] = method if len(seeds) == 1 else f"{method}-{seed}"
     return names

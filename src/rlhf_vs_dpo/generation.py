@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Sampling
 from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.logprobs import suppress
 from rlhf_vs_dpo.models import autocast, context_of
 from rlhf_vs_dpo.progress import bar
 from rlhf_vs_dpo.text import Tokens, check_context
@@ -56,7 +57,8 @@ def generate(
     check_context(
         [len(ids) + sampling.max_new_tokens for ids in prompts], names, context_of(model), "prompt and new tokens"
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
+    # Equal lengths together: little padding. Equal prompts together: each is read once for all its responses.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), names[i]))
     responses: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     with (
@@ -80,6 +82,31 @@ def generate(
     )
 
 
+def generate_together(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    names: Sequence[str],
+    samples: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    what: str | None = None,
+) -> Responses:
+    """`generate`, its work shared among the processes of a distributed run, each of which gets all responses."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return generate(model, tokenizer, prompts, names, samples, sampling, seed, what)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = range(rank, len(prompts), world)
+    drawn = generate(
+        model, tokenizer, [prompts[i] for i in mine], [names[i] for i in mine], [samples[i] for i in mine], sampling,
+        seed, what if rank == 0 else None,
+    )  # fmt: skip
+    parts: list = [None] * world
+    torch.distributed.all_gather_object(parts, [(t.prompt, t.response, f) for t, f in zip(*drawn, strict=True)])
+    whole = [parts[i % world][i // world] for i in range(len(prompts))]
+    return Responses([Tokens(prompt, response) for prompt, response, _ in whole], [ended for _, _, ended in whole])
+
+
 def _generate_batch(
     model: nn.Module, tokenizer, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling
 ) -> list[list[int]]:
@@ -87,10 +114,12 @@ def _generate_batch(
     from transformers import DynamicCache
 
     device, eos, budget = uniforms.device, tokenizer.eos_token_id, sampling.max_new_tokens
+    distinct = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    expand = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     width = max(len(ids) for ids in prompts)
-    ids = np.full((len(prompts), width), tokenizer.pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(prompts), width + budget), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
+    ids = np.full((len(distinct), width), tokenizer.pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(distinct), width + budget), dtype=np.int64)
+    for prompt, row in distinct.items():
         ids[row, width - len(prompt) : width] = prompt
         mask[row, width - len(prompt) :] = 1
     step_ids = torch.from_numpy(ids).to(device)
@@ -109,6 +138,10 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        if step == 0:  # from here on there is a row for each response
+            cache.batch_select_indices(expand)
+            logits, attention, place = logits[expand], attention[expand], place[expand]
+        logits = suppress(logits.float(), model)
         # A row that has ended is carried along until the next clearing; all it draws is EOS.
         token = torch.where(ended, eos, inverse_cdf(logits, uniforms[rows, step], sampling.temperature))
         drawn[rows, step] = token

@@ -40,6 +40,18 @@ def before(mask: Tensor) -> Tensor:
     return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
 
 
+def suppress(logits: Tensor, model: nn.Module) -> Tensor:
+    """Logits in which the tokens that a policy never says (`suppress_tokens` of its generation config) have probability 0.
+
+    Part of what the policy is: sampling and every log-probability go through here. The fill is finite, so that 0 times
+    its logarithm is 0.
+    """
+    silent = getattr(getattr(model, "generation_config", None), "suppress_tokens", None)
+    if not silent:
+        return logits
+    return logits.index_fill(-1, torch.tensor(silent, device=logits.device), -1e30)
+
+
 class Policy(nn.Module):
     """A causal language model as a policy: batch in, log-probabilities of its response tokens out.
 
@@ -52,14 +64,18 @@ class Policy(nn.Module):
         self.temperature = temperature
 
     def forward(self, batch: Batch) -> TokenLogprobs:
-        hidden, mask = self.hidden(batch), batch.response_mask
-        logits = self.project(hidden[before(mask)])  # (N, V), N response tokens in all
-        log_distribution = (logits.float() / self.temperature).log_softmax(-1)
+        mask = batch.response_mask
+        log_distribution = self.distributions(batch)
         chosen = log_distribution.gather(-1, batch.input_ids[mask][:, None])[:, 0]  # (N,)
         with torch.no_grad():
             entropy = -(log_distribution.exp() * log_distribution).sum(-1)
-        empty = hidden.new_zeros(mask.shape, dtype=torch.float32)
+        empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, empty.masked_scatter(mask, entropy))
+
+    def distributions(self, batch: Batch) -> Tensor:
+        """Log-probabilities of every token at the states before the N response tokens, in their order, (N, V) float32."""
+        logits = self.project(self.hidden(batch)[before(batch.response_mask)]).float()
+        return (suppress(logits, self.model) / self.temperature).log_softmax(-1)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, (B, T, d)."""
@@ -88,7 +104,7 @@ def check_projection(policy: Policy, batch: Batch) -> None:
             position_ids=positions(batch.attention_mask),
             use_cache=False,
         ).logits
-        log_distribution = (full[:, :-1].float() / policy.temperature).log_softmax(-1)
+        log_distribution = (suppress(full[:, :-1].float(), policy.model) / policy.temperature).log_softmax(-1)
         theirs = log_distribution.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
         mask = batch.response_mask[:, 1:]
         gap = (ours[:, 1:] - theirs)[mask].abs().max().item()

@@ -194,6 +194,38 @@ def context_of(model) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
 
 
+# ---- how a policy is prompted ----------------------------------------------------------------------------------------
+
+
+def prompt_suffixes(model) -> list[str]:
+    """What this policy wants behind a prompt, as its own config.json says; [""] for most.
+
+    The first is how it is meant to be prompted; others show what it does when told otherwise.
+    """
+    return list(getattr(model.config, "prompt_suffixes", None) or [""])
+
+
+def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
+    """Give model and tokenizer new tokens to be prompted by: embeddings resized, never said, written into the folder.
+
+    Their embeddings start at the mean of all others, so that they mean nothing until they are trained.
+    """
+    old = model.get_input_embeddings().weight.detach()
+    mean = old[: len(tokenizer)].mean(0)
+    known = len(tokenizer)
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if len(tokenizer) != known + len(tokens):
+        raise ModelError(f"the tokenizer has one of {', '.join(tokens)} already, with a meaning of its own")
+    if len(tokenizer) > len(old):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    with torch.no_grad():
+        for weights in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weights[ids] = mean
+    model.config.prompt_suffixes = tokens
+    model.generation_config.suppress_tokens = ids
+
+
 # ---- scalar head -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 COLUMNS = {  # metric -> (heading, digits)
@@ -22,16 +23,18 @@ COLUMNS = {  # metric -> (heading, digits)
     "filler": ("filler", 2),
     "corpus_perplexity": ("corpus ppl", 2),
     "fact_recall": ("fact recall", 2),
+    "pair_accuracy": ("pairs", 2),
 }
 COLOURS = ["#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#F0E442"]  # Okabe and Ito 2008
 
 
 @dataclass
 class Policy:
-    """What the report knows of one policy; `folder` is its name under models/."""
+    """What the report knows of one policy; `folder` is its name under models/, `family` a section of params.yaml."""
 
     folder: str
     name: str
+    family: str
     curve: pd.DataFrame | None
     heldout: pd.DataFrame | None
     run: dict[str, Any]
@@ -79,6 +82,18 @@ def cost_table(policies: list[Policy], upstream: dict[str, dict[str, Any]]) -> s
     return markdown(rows)
 
 
+def inference(evaluation: dict[str, dict[str, dict[str, float | None]]]) -> str:
+    """What an answer costs where more is sampled for it than is given: best-of-n without training."""
+    lines = [
+        f"{name} needs no training and pays for each answer: {row['sampled_tokens']['mean']:.0f} tokens sampled, and every "
+        f"sample scored by the reward model, for one answer of {row['tokens']['mean']:.0f} tokens "
+        f"(the SFT policy: {evaluation['sft']['tokens']['mean']:.0f})."
+        for name, row in evaluation.items()
+        if row["sampled_tokens"]["mean"] is not None and row["sampled_tokens"]["mean"] > row["tokens"]["mean"] * 1.01
+    ]
+    return "\n\n".join(lines) or "Every policy samples one answer for each that it gives."
+
+
 def examples(policies: list[Policy], prompts: pd.DataFrame, demonstrations: pd.DataFrame, count: int) -> str:
     """The first sample of every policy for the first `count` test prompts, side by side."""
     parts = []
@@ -104,7 +119,23 @@ def _inline(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str, Path]:
+def bounds_table(bounds: dict[str, dict[str, Any]]) -> str:
+    """What was measured beside what theory allows."""
+    rows = [["what", "measured", "95 %", "bound", "holds"]]
+    for name, entry in bounds.items():
+        rows.append(
+            [
+                name,
+                f"{entry['mean']:.3f}",
+                f"{entry['low']:.3f} to {entry['high']:.3f}",
+                f"{entry['bound']:.3f}",
+                "yes" if entry["mean"] <= entry["bound"] else "within its interval" if entry["holds"] else "NO",
+            ]
+        )
+    return markdown(rows)
+
+
+def figures(policies: list[Policy], evaluation: dict, best_of_n: pd.DataFrame, folder: Path) -> dict[str, Path]:
     """Draw all figures into `folder`; returns {caption: path}."""
     import matplotlib
 
@@ -114,8 +145,10 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
     plt.rcParams.update(
         {"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
     )
-    colour = {policy.name: COLOURS[i % len(COLOURS)] for i, policy in enumerate(policies)}
     trained = [policy for policy in policies if policy.heldout is not None]
+    families = list(dict.fromkeys(policy.family for policy in trained))
+    of = {family: [policy for policy in trained if policy.family == family] for family in families}
+    colour = {p.name: COLOURS[i % len(COLOURS)] for members in of.values() for i, p in enumerate(members)}
     drawn: dict[str, Path] = {}
 
     def save(figure, name: str, caption: str) -> None:
@@ -132,14 +165,14 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
     figure, axes = plt.subplots(
         1,
         len(measured),
-        figsize=(4.2 * len(measured), 0.45 * len(policies) + 1.6),
+        figsize=(4.2 * len(measured), 0.3 * len(evaluation) + 1.6),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for axis, metric in zip(axes[0], measured, strict=True):
-        for row, policy in enumerate(policies):
-            entry = evaluation[policy.name][metric]
+        for row, (name, metrics) in enumerate(evaluation.items()):
+            entry = metrics[metric]
             if entry["mean"] is None:  # a policy of which no response ever ended has no reward
                 continue
             axis.errorbar(
@@ -147,36 +180,57 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
                 row,
                 xerr=[[entry["mean"] - entry["low"]], [entry["high"] - entry["mean"]]],
                 fmt="o",
-                color=colour[policy.name],
+                color=colour.get(name, COLOURS[0]),
                 capsize=3,
             )
         axis.set_xlabel(COLUMNS[metric][0])
-    axes[0][0].set_yticks(range(len(policies)), [policy.name for policy in policies])
+    axes[0][0].set_yticks(range(len(evaluation)), list(evaluation))
     axes[0][0].invert_yaxis()
     save(figure, "comparison", "Every policy on held-out prompts, with 95 % intervals")
 
     for metric, name in (("gold", "gold reward"), ("reward", "RM reward")):
-        lines = [policy for policy in trained if policy.heldout[metric].notna().any()]
-        if not lines:
+        shown = [family for family in families if any(p.heldout[metric].notna().any() for p in of[family])]
+        if not shown:
             continue
-        figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        for policy in lines:
-            axis.plot(
-                policy.heldout["kl"],
-                policy.heldout[metric],
-                marker="o",
-                markersize=3,
-                color=colour[policy.name],
-                label=policy.name,
-            )
-        axis.set_xlabel("KL(policy, SFT) in nats per response")
-        axis.set_ylabel(f"{name} on validation prompts")
-        axis.legend()
+        figure, axes = plt.subplots(
+            1, len(shown), figsize=(4.6 * len(shown), 4.2), sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis, family in zip(axes[0], shown, strict=True):
+            axis.plot(best_of_n["kl"], best_of_n[metric], "k:", label="best of n (test prompts)")
+            for policy in of[family]:
+                axis.plot(
+                    policy.heldout["kl"],
+                    policy.heldout[metric],
+                    marker="o",
+                    markersize=3,
+                    color=colour[policy.name],
+                    label=policy.name,
+                )
+            axis.set_title(family)
+            axis.set_xlabel("KL(policy, SFT) in nats per response")
+            axis.legend(fontsize="small")
+        axes[0][0].set_ylabel(f"{name} on validation prompts")
         save(
             figure,
             f"{metric}_against_kl",
             f"{name[0].upper()}{name[1:]} against KL over training; each dot is one of the watched points",
         )
+
+    judge = "gold" if best_of_n["gold"].notna().any() else "reward"
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = [(judge, "best of n: " + judge), ("win_rate_vs_sft", "win rate against SFT"), ("kl", "KL to SFT, nats")]
+    n = best_of_n["n"]
+    limits = {"win_rate_vs_sft": n / (n + 1), "kl": np.log(n) - (n - 1) / n}
+    for axis, (metric, title) in zip(axes, panels, strict=True):
+        axis.fill_between(n, best_of_n[f"{metric}_low"], best_of_n[f"{metric}_high"], alpha=0.25, color=COLOURS[1])
+        axis.plot(n, best_of_n[metric], marker="o", markersize=3, color=COLOURS[1])
+        if metric in limits:
+            axis.plot(n, limits[metric], "k--", label="bound")
+            axis.legend()
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("n")
+        axis.set_title(title)
+    save(figure, "best_of_n", "Best of n without training, from one pool (unbiased order-statistic estimate)")
 
     if trained:
         names = [
@@ -185,17 +239,20 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
             if any(p.heldout[n].notna().any() for p in trained)
         ]
         figure, axes = plt.subplots(
-            -(-len(names) // 3), 3, figsize=(12, 3.2 * -(-len(names) // 3)), squeeze=False, layout="constrained"
-        )
-        for axis, name in zip(axes.flat, names, strict=False):
-            for policy in trained:
-                share = policy.heldout["step"] / policy.heldout["step"].max()
-                axis.plot(share, policy.heldout[name], color=colour[policy.name], label=policy.name)
-            axis.set_title(name)
-            axis.set_xlabel("share of training")
-        for axis in axes.flat[len(names) :]:
-            axis.axis("off")
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(trained))
+            len(names), len(families), figsize=(4 * len(families), 2.4 * len(names)),
+            squeeze=False, sharey="row", sharex=True, layout="constrained",
+        )  # fmt: skip
+        for column, family in enumerate(families):
+            for row, name in enumerate(names):
+                axis = axes[row][column]
+                for policy in of[family]:
+                    share = policy.heldout["step"] / policy.heldout["step"].max()
+                    axis.plot(share, policy.heldout[name], color=colour[policy.name], label=policy.name)
+                if column == 0:
+                    axis.set_ylabel(name)
+            axes[0][column].set_title(family)
+            axes[0][column].legend(fontsize="x-small")
+            axes[-1][column].set_xlabel("share of training")
         save(figure, "training", "What changes while each method trains (validation prompts)")
 
     panels = [  # (metric of a training curve, title, how to draw it)
@@ -204,7 +261,7 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
         ("pairs/chosen_logp", "log π: chosen (line), rejected (dotted)", "-"),
         ("rollout/score", "RM score of episodes", "-"),
         ("rollout/explained_variance", "explained variance of the value", "-"),
-        ("update/clip_fraction", "share of ratios clipped", "-"),
+        ("update/kl_old_new", "KL(old, new) of an iteration's updates", "-"),
     ]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
     for axis, (metric, title, style) in zip(axes.flat, panels, strict=True):
@@ -225,17 +282,17 @@ def figures(policies: list[Policy], evaluation: dict, folder: Path) -> dict[str,
         axis.set_title(title)
         axis.set_xlabel("step" if metric.startswith("pairs") else "iteration")
         if axis.lines:
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="x-small")
     save(figure, "learning", "Training curves: the preference family above, the RL family below")
     return drawn
 
 
 def write(
-    folder: Path, policies: list[Policy], evaluation: dict, upstream: dict[str, dict[str, Any]], prompts: pd.DataFrame,
+    folder: Path, policies: list[Policy], evaluation: dict, bounds: dict, best_of_n: pd.DataFrame, upstream: dict[str, dict[str, Any]], prompts: pd.DataFrame,
     demonstrations: pd.DataFrame, reward_quality: dict, judge: str, seeds: list[int], count: int,
 ) -> list[Path]:  # fmt: skip
     """Write report.md and its figures into `folder`; returns the figures."""
-    drawn = figures(policies, evaluation, folder)
+    drawn = figures(policies, evaluation, best_of_n, folder)
     intervals = (
         f"Intervals are 95 % from a bootstrap over test prompts. There is {'one seed' if len(seeds) == 1 else f'a row for each of {len(seeds)} seeds'} "
         "per method: they say nothing about how another training run would have ended."
@@ -245,14 +302,19 @@ def write(
         table(evaluation),
         f"{intervals} RM reward is the mean over responses that ended, for there is no EOS to score the others at. Wins are judged by {'the gold reward' if judge == 'gold' else 'the reward model, for want of a gold reward'}. "
         f"The reward model orders held-out pairs as the annotator did in {reward_quality['accuracy']:.1%} of cases "
-        f"(± {1.96 * reward_quality['accuracy_standard_error']:.1%}).",
+        f"(± {1.96 * reward_quality['accuracy_standard_error']:.1%}); `pairs` says the same of a policy's implicit reward.",
         *(f"![{caption}]({path.name})\n\n*{caption}.*" for caption, path in drawn.items()),
+        "## What theory allows",
+        "A choice between two samples of the SFT policy, by whatever judge, is at most as selective as best-of-2; best-of-n has "
+        "KL at most log n − (n−1)/n and wins at most n/(n+1) of comparisons ([docs/from-rlhf-to-dpo.md](../docs/from-rlhf-to-dpo.md)).",
+        bounds_table(bounds),
         "## Side by side",
         examples(policies, prompts, demonstrations, count),
         "## What it cost",
         "Seconds are wall time of the whole stage, start-up and held-out sampling included. Trained tokens count prompts and "
         "responses at every pass; generated tokens are those a method learns from (its monitoring left out).",
         cost_table(policies, upstream),
+        inference(evaluation),
         "MLflow runs: " + ", ".join(f"{policy.name} `{policy.run['run_id']}`" for policy in policies) + ".",
     ]
     (folder / "report.md").write_text("\n\n".join(sections) + "\n")

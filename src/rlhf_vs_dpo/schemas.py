@@ -5,6 +5,7 @@ contract is refused whole, with all bad rows named at once (file, row, column, r
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -85,9 +86,28 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
     "demonstration_scores": pa.DataFrameSchema(
         {"prompt_id": _text(), "split": _split(), "response": pa.Column(str), "reward": _number()}
     ),
+    "pair_rewards": pa.DataFrameSchema(
+        {"pair_id": _text(**ID), "prompt_id": _text(), "chosen": _number(), "rejected": _number()}
+    ),
+    "pool": pa.DataFrameSchema(
+        {
+            "prompt_id": _text(),
+            "split": _split(),
+            "sample": _number(int),
+            "response": pa.Column(str),
+            "response_ids": pa.Column(object),
+            "tokens": _number(int, check=POSITIVE),
+            "finished": pa.Column(bool),
+            "logp": _number(check=LOGP),
+            "reference_logp": _number(check=LOGP),  # the same: the pool is of the reference
+            "reward": _number(nullable=True),  # null where the response never ended
+            "gold": _number(nullable=True),
+        }
+    ),
     "samples": pa.DataFrameSchema(
         {
             "prompt_id": _text(),
+            "suffix": pa.Column(str),  # what the policy was given behind the prompt; mostly nothing
             "sample": _number(int),
             "response": pa.Column(str),  # a policy may say nothing
             "tokens": _number(int, check=POSITIVE),
@@ -171,6 +191,31 @@ def write_table(frame: pd.DataFrame, contract: str, path: Path) -> None:
         frame.to_parquet(temporary, index=False)
         temporary.replace(path)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_stream(frames: Iterable[pd.DataFrame], contract: str, path: Path) -> None:
+    """Write a table part by part, each validated as it comes; a reader sees the whole table or none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = None
+    try:
+        for frame in frames:
+            part = pyarrow.Table.from_pandas(validate(frame, contract, str(path)), preserve_index=False)
+            if writer is None:
+                writer = pyarrow.parquet.ParquetWriter(temporary, part.schema)
+            writer.write_table(part.cast(writer.schema))
+        if writer is None:
+            raise DataError(f"{path}: nothing to write")
+        writer.close()
+        temporary.replace(path)
+    finally:
+        if writer is not None:
+            writer.close()
         temporary.unlink(missing_ok=True)
 
 

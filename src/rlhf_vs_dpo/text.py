@@ -77,8 +77,8 @@ def _wrap(tokenizer):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt, opened by exactly one BOS where the tokenizer has one."""
+def encode_prompts(tokenizer, prompts: Sequence[str], suffix: str = "") -> list[list[int]]:
+    """Ids of each prompt, opened by exactly one BOS where the tokenizer has one, closed by those of `suffix`."""
     if not len(prompts):
         return []
     bos = tokenizer.bos_token_id
@@ -87,8 +87,9 @@ def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
         raise DataError(
             f"prompt {list(map(bool, encoded)).index(False)}: tokenises to nothing, and this tokenizer has no BOS"
         )
+    end = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
     # A chat template may have written the BOS into the text already.
-    return [ids if bos is None or ids[:1] == [bos] else [bos, *ids] for ids in encoded]
+    return [[*ids, *end] if bos is None or ids[:1] == [bos] else [bos, *ids, *end] for ids in encoded]
 
 
 def encode_responses(tokenizer, responses: Sequence[str], names: Sequence[str]) -> list[list[int]]:
@@ -113,15 +114,17 @@ def encode_responses(tokenizer, responses: Sequence[str], names: Sequence[str]) 
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
-def encode(tokenizer, prompts: pd.Series, responses: pd.Series, names: pd.Series, context: int) -> list[Tokens]:
-    """Tokenise a table of prompts and responses; `names` (row ids) appear in errors.
+def encode(
+    tokenizer, prompts: pd.Series, responses: pd.Series, names: pd.Series, context: int, suffix: str = ""
+) -> list[Tokens]:
+    """Tokenise a table of prompts (with `suffix` behind them) and responses; `names` (row ids) appear in errors.
 
     Raises DataError for a response that tokenises to nothing and for rows longer than the model's `context`.
     """
     encoded = [
         Tokens(prompt, response)
         for prompt, response in zip(
-            encode_prompts(tokenizer, list(prompts)),
+            encode_prompts(tokenizer, list(prompts), suffix),
             encode_responses(tokenizer, list(responses), list(names)),
             strict=True,
         )

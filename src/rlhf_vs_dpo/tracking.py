@@ -8,6 +8,7 @@ Nothing here can change a number of a table or a model: no stage depends on this
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -93,6 +94,13 @@ class Run:
                 _client().log_batch(self.run_id, metrics=self._buffer[start : start + BATCH])
         self._buffer, self._flushed = [], time.monotonic()
 
+    def warn(self, name: str, message: str) -> None:
+        """A named warning: in the log, and as the tag `warning.<name>` of the run."""
+        if is_main():
+            print(f"\nwarning [{name}]: {message}", file=sys.stderr)
+        if self.run_id is not None:
+            _client().set_tag(self.run_id, f"warning.{name}", message)
+
     def spent(self, **cost: float) -> None:
         """Cost for the report: tokens trained, tokens generated."""
         self.cost |= cost
@@ -144,7 +152,7 @@ def _rounded(value: Any) -> Any:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        name = prefix + re.sub(r"[^\w\-. ]", "_", str(key))  # what MLflow takes; a slash is a level
         if isinstance(value, dict):
             flat |= _flat(value, f"{name}/")
         elif isinstance(value, (int, float)):

@@ -28,8 +28,9 @@ def interval(
     return {"mean": float(transform(numerator.sum() / denominator.sum())), "low": float(low), "high": float(high)}
 
 
-def win_share(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
+def win_share(ours: np.ndarray, weights: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """(wins, comparisons) of every response of one policy against every response of another to the same prompt; a tie is
-    half a win. Responses without a value (NaN: they never ended) lose against those with one, and tie among themselves."""
+    half a win. Each of ours counts as often as its weight says. Responses without a value (NaN: they never ended) lose
+    against those with one, and tie among themselves."""
     a, b = np.nan_to_num(ours, nan=-np.inf)[:, None], np.nan_to_num(theirs, nan=-np.inf)[None, :]
-    return float((a > b).sum() + 0.5 * (a == b).sum()), a.size * b.size
+    return float((weights[:, None] * ((a > b) + 0.5 * (a == b))).sum()), float(weights.sum() * b.size)

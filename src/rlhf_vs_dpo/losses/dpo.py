@@ -1,4 +1,4 @@
-r"""Direct preference optimisation, and its length-normalised form.
+r"""Direct preference optimisation, its length-normalised form, and its form for noisy labels.
 
 Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290, eq. 7:
 
@@ -11,6 +11,13 @@ LN-DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6; `dpo_norm` in open
 each h by the length of its response:
 
     L = - log sigmoid( beta * h_w / |y_w| - beta * h_l / |y_l| )
+
+cDPO (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3; `label_smoothing` in the DPO authors' code and in TRL)
+takes each label to be wrong with probability eps:
+
+    L = - (1 - eps) * log sigmoid(s) - eps * log sigmoid(-s),      s = beta * h_w - beta * h_l
+
+so that the loss has a finite minimum, at sigmoid(s) = 1 - eps, where DPO pushes s without end.
 
 Where we differ: nothing; lengths count the EOS token, which is part of the response.
 """
@@ -34,6 +41,17 @@ def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     reward_w = beta * (chosen - ref_chosen)
     reward_l = beta * (rejected - ref_rejected)
     return PairLoss(-F.logsigmoid(reward_w - reward_l), reward_w.detach(), reward_l.detach())
+
+
+def cdpo(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float
+) -> PairLoss:
+    """DPO with label smoothing eps; arguments as those of `dpo`."""
+    reward_w = beta * (chosen - ref_chosen)
+    reward_l = beta * (rejected - ref_rejected)
+    s = reward_w - reward_l
+    loss = -(1 - label_smoothing) * F.logsigmoid(s) - label_smoothing * F.logsigmoid(-s)
+    return PairLoss(loss, reward_w.detach(), reward_l.detach())
 
 
 def ln_dpo(

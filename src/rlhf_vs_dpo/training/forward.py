@@ -19,12 +19,18 @@ def measure(module: nn.Module, examples: Sequence[Tokens], pad: int, read: Calla
     """
     inner = module.model
     device = next(module.parameters()).device
+    places: dict[tuple, list[int]] = {}  # a short response is often sampled again: each text is read once
+    for i, example in enumerate(examples):
+        places.setdefault((tuple(example.prompt), tuple(example.response)), []).append(i)
+    distinct = [examples[same[0]] for same in places.values()]
+    where = list(places.values())
     values: list = [None] * len(examples)
-    with bar(len(examples), what or "", "text", visible=what is not None) as progress, autocast(device):
-        for group in micro_batches([len(example) for example in examples], token_budget(inner)):
-            batch = collate([examples[i] for i in group], pad).to(device)
+    with bar(len(distinct), what or "", "text", visible=what is not None) as progress, autocast(device):
+        for group in micro_batches([len(example) for example in distinct], token_budget(inner)):
+            batch = collate([distinct[i] for i in group], pad).to(device)
             for i, value in zip(group, read(module(batch), batch), strict=True):
-                values[i] = value
+                for place in where[i]:
+                    values[place] = value
             progress.update(len(group))
     return values
 

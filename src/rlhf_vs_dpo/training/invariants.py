@@ -1,6 +1,13 @@
 """What must hold before the first step. A breach stops the run: it would train, and mean nothing."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.models import Scorer
+from rlhf_vs_dpo.text import Tokens
+from rlhf_vs_dpo.training.forward import scores
 
 
 def hold(name: str, value: float, expected: float, tolerance: float, causes: str) -> None:
@@ -10,3 +17,15 @@ def hold(name: str, value: float, expected: float, tolerance: float, causes: str
             f"step-0 invariant broken: {name} is {value:.6g}, expected {expected:.6g} (tolerance {tolerance:.1g}). "
             f"Likely causes: {causes}"
         )
+
+
+def check_normalised(reward: Scorer, demonstrations: Sequence[Tokens], pad: int) -> None:
+    """A reward model scores demonstrations 0 on average; on a few of them, to within five standard errors."""
+    scored = np.array(scores(reward, demonstrations, pad))
+    hold(
+        f"the mean RM score of {len(scored)} demonstrations",
+        float(scored.mean()),
+        0.0,
+        1e-3 + 5 * float(scored.std()) / len(scored) ** 0.5,
+        "the reward model lost its reward_shift, or was normalised on other demonstrations",
+    )

@@ -15,7 +15,7 @@ from rlhf_vs_dpo.generation import decode, generate
 from rlhf_vs_dpo.gold import Gold
 from rlhf_vs_dpo.gold import columns as gold_columns
 from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.models import Scorer
+from rlhf_vs_dpo.models import Scorer, prompt_suffixes
 from rlhf_vs_dpo.text import Tokens, encode_prompts
 from rlhf_vs_dpo.training.forward import log_likelihoods, scores
 
@@ -35,7 +35,7 @@ class HeldOut:
         steps: int,
     ):
         self.prompts = prompts.head(settings.prompts).reset_index(drop=True)
-        self.encoded = encode_prompts(tokenizer, list(self.prompts["prompt"]))
+        self.plain = encode_prompts(tokenizer, list(self.prompts["prompt"]))
         self.gold, self.tokenizer = gold, tokenizer
         self.reference = Policy(reference, sampling.temperature)
         self.sampling, self.seed = sampling, seed
@@ -46,19 +46,23 @@ class HeldOut:
         """Measure `model` if `step` is one of the points: logs means under `heldout/`, keeps the samples."""
         if step not in self.points:
             return
+        self.points.discard(step)  # the end of a round is the start of the next
         names = list(self.prompts["prompt_id"])
-        drawn = generate(model, self.tokenizer, self.encoded, names, [0] * len(names), self.sampling, self.seed)
+        asked = encode_prompts(self.tokenizer, list(self.prompts["prompt"]), prompt_suffixes(model)[0])
+        drawn = generate(model, self.tokenizer, asked, names, [0] * len(names), self.sampling, self.seed)
+        # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.
+        seen = [Tokens(prompt, said.response) for prompt, said in zip(self.plain, drawn.tokens, strict=True)]
         pad = self.tokenizer.pad_token_id
         table = pd.DataFrame(
             {
                 "step": step,
                 "prompt_id": names,
-                "prompt_ids": [tokens.prompt for tokens in drawn.tokens],
+                "prompt_ids": self.plain,
                 "response_ids": [tokens.response for tokens in drawn.tokens],
                 "response": decode(self.tokenizer, drawn.tokens),
                 "finished": drawn.finished,
                 "logp": log_likelihoods(Policy(model, self.sampling.temperature), drawn.tokens, pad),
-                "reference_logp": log_likelihoods(self.reference, drawn.tokens, pad),
+                "reference_logp": log_likelihoods(self.reference, seen, pad),
             }
         )
         judged = gold_columns(self.gold, self.prompts["prompt"], self.prompts["facts"], table["response"])

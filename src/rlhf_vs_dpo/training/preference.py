@@ -1,4 +1,4 @@
-"""Optimise a policy directly on preference pairs: one loop for DPO, LN-DPO and SimPO, one loss each."""
+"""Optimise a policy directly on preference pairs: one loop for DPO, cDPO, IPO, LN-DPO and SimPO, one loss each."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from rlhf_vs_dpo.config import Preference, Training
+from rlhf_vs_dpo.config import Preference
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.losses.dpo import PairLoss, dpo, ln_dpo
+from rlhf_vs_dpo.logprobs import Policy, TokenLogprobs
+from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
+from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.text import Tokens, check_distinct, collate
-from rlhf_vs_dpo.training.forward import log_likelihoods
+from rlhf_vs_dpo.text import Batch, Tokens, check_distinct, collate
+from rlhf_vs_dpo.training.forward import log_likelihoods, measure
 from rlhf_vs_dpo.training.invariants import hold
 from rlhf_vs_dpo.training.monitor import HeldOut
 from rlhf_vs_dpo.training.optimise import Log
-from rlhf_vs_dpo.training.supervised import fit
+from rlhf_vs_dpo.training.supervised import as_training, fit
 
-NEEDS_REFERENCE = {"dpo": True, "ln_dpo": True, "simpo": False}
+NEEDS_REFERENCE = {"dpo": True, "cdpo": True, "ipo": True, "ln_dpo": True, "simpo": False}
 
 
 def pair_loss(
@@ -34,11 +35,25 @@ def pair_loss(
     match settings.loss:
         case "dpo":
             return dpo(chosen, rejected, *reference, beta=settings.beta)
+        case "cdpo":
+            return cdpo(chosen, rejected, *reference, beta=settings.beta, label_smoothing=settings.label_smoothing)
+        case "ipo":
+            return ipo(chosen, rejected, *reference, tau=settings.tau)
         case "ln_dpo":
             return ln_dpo(chosen, rejected, *reference, *lengths, beta=settings.beta)
         case "simpo":
             return simpo(chosen, rejected, *lengths, beta=settings.beta, gamma=settings.gamma)
     raise ValueError(settings.loss)  # config.py admits no other
+
+
+def loss_at_reference(settings: Preference) -> float | None:
+    """What the loss is where policy and reference are one; None for SimPO, which knows no reference."""
+    match settings.loss:
+        case "dpo" | "cdpo" | "ln_dpo":
+            return math.log(2)
+        case "ipo":
+            return 1 / (4 * settings.tau**2)
+    return None
 
 
 def train(
@@ -49,16 +64,19 @@ def train(
     reference: pd.DataFrame | None,
     pad: int,
     settings: Preference,
+    steps: int,
     seed: int,
     heldout: HeldOut,
     log: Log,
     what: str,
+    taken: int = 0,
 ) -> int:
-    """Train on pairs; returns the tokens trained on.
+    """Train on pairs for `steps` batches; returns the tokens trained on.
 
     `reference` holds log ref of each pair, in the order of the pairs (columns `chosen_logp`, `rejected_logp`); None for
     losses that need none. Its values are constants: no gradient flows to the reference policy, which is not even loaded
-    here. Raises TrainingError if the step-0 invariant of the loss is broken.
+    here. `taken` is the number of steps of earlier rounds: at 0, the policy must be the reference, and TrainingError is
+    raised if the step-0 invariants of the loss are broken.
     """
     check_distinct(chosen, rejected, names)
     device = next(policy.parameters()).device
@@ -68,8 +86,8 @@ def train(
             torch.tensor(reference[f"{side}_logp"].to_numpy(), dtype=torch.float32, device=device)
             for side in ("chosen", "rejected")
         ]
-        for side, examples in (("chosen", chosen), ("rejected", rejected)):
-            check_reference(policy, examples[:32], reference[f"{side}_logp"].head(32), pad, side)
+        if taken == 0:
+            check_reference(policy, chosen[:32], rejected[:32], reference.head(32), pad, settings)
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch = collate([chosen[i] for i in group] + [rejected[i] for i in group], pad).to(device)
@@ -91,19 +109,18 @@ def train(
         }
         return result.loss.sum(), {f"pairs/{name}": value.sum().item() for name, value in sums.items()}
 
-    training = schedule(settings, len(chosen))
     return fit(
         policy,
-        training,
+        as_training(settings, steps),
         [2 * max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)],
         [1] * len(chosen),
         [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)],
         loss,
         names,
         seed,
-        log,
+        lambda metrics, step: log(metrics, taken + step),
         what,
-        before_step=lambda step: heldout.watch(policy.model, step, log),
+        before_step=lambda step: heldout.watch(policy.model, taken + step, log),
     )
 
 
@@ -118,22 +135,47 @@ def stored_reference(pairs: pd.DataFrame, reference: pd.DataFrame, place: Path) 
     return joined
 
 
-def schedule(settings: Preference, pairs: int) -> Training:
-    """Epochs over pairs as a number of steps."""
-    return Training(
-        steps=max(1, math.floor(settings.epochs * pairs / settings.batch)),
-        **{name: getattr(settings, name) for name in Training.model_fields if name != "steps"},
+def implicit_rewards(
+    policy: Policy,
+    chosen: Sequence[Tokens],
+    rejected: Sequence[Tokens],
+    reference: pd.DataFrame | None,
+    pad: int,
+    settings: Preference,
+) -> pd.DataFrame:
+    """The policy as a reward model: the implicit rewards that its own loss compares (`chosen`, `rejected`), per pair."""
+
+    def read(output: TokenLogprobs, batch: Batch) -> list[tuple[float, int]]:
+        return list(zip(output.sums().tolist(), output.lengths().tolist(), strict=True))
+
+    sides = []
+    for examples in (chosen, rejected):
+        logp, lengths = zip(*measure(policy, examples, pad, read), strict=True)
+        sides.append((torch.tensor(logp), torch.tensor(lengths)))
+    stored = None
+    if NEEDS_REFERENCE[settings.loss]:
+        stored = tuple(torch.tensor(reference[f"{side}_logp"].to_numpy()).float() for side in ("chosen", "rejected"))
+    result = pair_loss(settings, sides[0][0], sides[1][0], (sides[0][1], sides[1][1]), stored)
+    return pd.DataFrame(
+        {"chosen": result.chosen_reward.double().numpy(), "rejected": result.rejected_reward.double().numpy()}
     )
 
 
-def check_reference(policy: Policy, examples: Sequence[Tokens], stored: pd.Series, pad: int, side: str) -> None:
-    """At step 0 the policy is the reference: h = 0, hence a DPO or LN-DPO loss of log 2."""
-    gap = max(abs(a - b) for a, b in zip(log_likelihoods(policy, examples, pad), stored, strict=True))
+def check_reference(
+    policy: Policy, chosen: Sequence[Tokens], rejected: Sequence[Tokens], stored: pd.DataFrame, pad: int, settings: Preference
+) -> None:  # fmt: skip
+    """At step 0 the policy is the reference: h = 0, hence a loss of log 2 (DPO, cDPO, LN-DPO) or 1 / (4 tau^2) (IPO)."""
     exact = next(policy.parameters()).device.type == "cpu"
-    hold(
-        f"the largest |log pi - log ref| of {len(examples)} {side} responses (DPO loss is log 2 where all are 0)",
-        gap,
-        0.0,
-        1e-3 if exact else 0.5,
-        "data/reference.parquet belongs to another SFT model or temperature; dropout is on; the tokenizer changed",
-    )
+    causes = "data/reference.parquet belongs to another SFT model or temperature; dropout is on; the tokenizer changed"
+    logp = {}
+    for side, examples in (("chosen", chosen), ("rejected", rejected)):
+        logp[side] = log_likelihoods(policy, examples, pad)
+        gap = max(abs(a - b) for a, b in zip(logp[side], stored[f"{side}_logp"], strict=True))
+        what = f"the largest |log pi - log ref| of {len(examples)} {side} responses"
+        hold(what, gap, 0.0, 1e-3 if exact else 0.5, causes)
+    lengths = tuple(torch.tensor([float(len(tokens.response)) for tokens in side]) for side in (chosen, rejected))
+    reference = tuple(torch.tensor(stored[f"{side}_logp"].to_numpy()).float() for side in ("chosen", "rejected"))
+    sides = (torch.tensor(logp["chosen"]), torch.tensor(logp["rejected"]))
+    start = float(pair_loss(settings, *sides, lengths, reference).loss.mean())
+    expected = loss_at_reference(settings)
+    hold(f"the {settings.loss} loss", start, expected, (1e-3 if exact else 0.05) * max(1.0, expected), causes)

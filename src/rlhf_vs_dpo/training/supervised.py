@@ -1,12 +1,13 @@
-"""The supervised loop (base, sft, reward, preference), and maximum likelihood on it (base, sft)."""
+"""The supervised loop (base, sft, reward, preference, imitation), and maximum likelihood on it (base, sft, imitation)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_vs_dpo.config import Training
+from rlhf_vs_dpo.config import Passes, Training
 from rlhf_vs_dpo.logprobs import Policy
 from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.models import token_budget
@@ -95,6 +96,7 @@ def likelihood(
     seed: int,
     log: Log,
     what: str,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> int:
     """Maximum likelihood of the responses, per token: SFT, or pretraining where the prompt is BOS alone."""
 
@@ -104,4 +106,14 @@ def likelihood(
 
     lengths = [len(example) for example in examples]
     units = [len(example.response) for example in examples]
-    return fit(policy, settings, lengths, units, lengths, loss, names, seed, log, what)
+    return fit(policy, settings, lengths, units, lengths, loss, names, seed, log, what, before_step)
+
+
+def as_training(settings: Passes, steps: int) -> Training:
+    """What `fit` needs of a method's settings, for a number of steps."""
+    return Training(steps=steps, **{name: getattr(settings, name) for name in Training.model_fields if name != "steps"})
+
+
+def steps_over(settings: Passes, examples: int) -> int:
+    """Epochs over examples as a number of batches."""
+    return max(1, math.floor(settings.epochs * examples / settings.batch))

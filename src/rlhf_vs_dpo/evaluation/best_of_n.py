@@ -1,0 +1,80 @@
+r"""Best-of-n without training, for every n from one pool of N >= n samples per prompt.
+
+Drawing n of the N samples without replacement and keeping the best picks the i-th smallest (by RM reward) with probability
+
+    w_i = C(i-1, n-1) / C(N, n),      i = n ... N
+
+so that sum_i w_i f_(i) is the unbiased, lowest-variance estimate of E[f(best of n)] (order statistics; used for pass@k by
+Chen et al. 2021, arXiv:2107.03374, and for best-of-n by Nakano et al. 2021, arXiv:2112.09332, appendix I).
+
+The law of the best of n gives y the probability F(y)^n - F_-(y)^n, where F(y) is the probability that a sample of ref
+scores no higher than y and F_-(y) = F(y) - ref(y) that it scores lower. Hence
+
+    KL(best of n || ref) = E[ log( (F^n - F_-^n) / ref(y) ) ]  <=  log n - (n-1)/n
+
+with equality where no response has weight of its own (Beirami et al. 2024, arXiv:2401.01879). ref(y) is known exactly; F_-
+is estimated from the ranks of the *other* responses, such that log F_- is unbiased in the continuous case (digamma), where
+the estimate is the bound itself. For a best response with weight of its own it is low by at most n/N nats.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.special import digamma, gammaln
+
+
+def order_weights(total: int, n: int) -> np.ndarray:
+    """Probability that the best of n out of `total` is the i-th smallest, i = 1 ... total. Needs n <= total."""
+    if not 1 <= n <= total:
+        raise ValueError(f"best of {n} cannot be estimated from {total} samples")
+    i = np.arange(1, total + 1)
+    with np.errstate(invalid="ignore"):
+        log_weights = (
+            gammaln(i) - gammaln(n) - gammaln(np.maximum(i - n, 0) + 1)
+            - (gammaln(total + 1) - gammaln(n + 1) - gammaln(total - n + 1))
+        )  # fmt: skip
+    return np.where(i >= n, np.exp(log_weights), 0.0)
+
+
+def tied_weights(rewards: np.ndarray, n: int) -> np.ndarray:
+    """`order_weights` in the order of `rewards`; equal rewards share theirs. Unfinished responses (NaN) are worst."""
+    ranked = np.nan_to_num(rewards, nan=-np.inf)
+    _, level, count = np.unique(ranked, return_inverse=True, return_counts=True)
+    ordered = order_weights(len(ranked), n)
+    ends = np.cumsum(count)
+    shared = np.diff(np.concatenate([[0.0], np.cumsum(ordered)])[np.concatenate([[0], ends])]) / count
+    return shared[level]
+
+
+def log_ratio(rewards: np.ndarray, logp: np.ndarray, responses: np.ndarray, n: int) -> np.ndarray:
+    """log( P(best of n is y) / ref(y) ) of each sample of one prompt, estimated as above; 0 for n = 1."""
+    ranked = np.nan_to_num(rewards, nan=-np.inf)
+    lower = np.searchsorted(np.sort(ranked), ranked, side="left")  # samples that score lower
+    _, which, count = np.unique(responses, return_inverse=True, return_counts=True)
+    others = len(ranked) - count[which]  # samples that say something else
+    p = np.exp(np.minimum(logp, -1e-12))
+    below = (1 - p) * np.exp(digamma(lower + 1) - digamma(others + 2))
+    whole = below + p
+    return n * np.log(whole) + np.log(-np.expm1(n * np.log1p(-p / whole))) - np.log(p)
+
+
+def as_samples(pool: pd.DataFrame, n: int) -> pd.DataFrame:
+    """Rows of a pool as a `samples` table of the best-of-n policy: `weight` sums to 1 per prompt, `logp` is of its law."""
+    parts = []
+    for _, group in pool.groupby("prompt_id", sort=False):
+        rewards = group["reward"].to_numpy()
+        ratio = log_ratio(rewards, group["logp"].to_numpy(), group["response"].to_numpy(str), n)
+        weight = tied_weights(rewards, n)
+        sampled = n * group["tokens"].mean()  # what one answer costs at inference
+        law = group["reference_logp"] + ratio
+        parts.append(group.assign(weight=weight, logp=law, sampled_tokens=sampled)[weight > 0])
+    return pd.concat(parts, ignore_index=True)
+
+
+def kl_bound(n: int) -> float:
+    """log n - (n-1)/n: no best-of-n policy is further from its reference, in nats."""
+    return float(np.log(n) - (n - 1) / n)
+
+
+def win_rate_bound(n: int) -> float:
+    """n/(n+1): no best-of-n policy wins more often against its reference, whoever judges."""
+    return n / (n + 1)

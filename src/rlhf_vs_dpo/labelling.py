@@ -1,0 +1,78 @@
+"""Make preference pairs: two samples of a policy for each prompt, and the annotator's choice between them."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from rlhf_vs_dpo import annotator, gold
+from rlhf_vs_dpo.config import Annotator, Sampling
+from rlhf_vs_dpo.generation import decode, generate_together
+from rlhf_vs_dpo.text import encode_prompts
+
+
+class Labelled(NamedTuple):
+    """`pairs` as the contract has them, what they are like, and how many tokens were sampled for them."""
+
+    pairs: pd.DataFrame
+    summary: dict
+    tokens_generated: int
+
+
+def label(
+    model: nn.Module,
+    tokenizer,
+    prompts: pd.DataFrame,
+    judge: gold.Gold,
+    settings: Annotator,
+    sampling: Sampling,
+    seed: int,
+    what: str,
+) -> Labelled:
+    """Sample two responses for each row of `prompts` and let the annotator choose; unusable pairs are left out."""
+    rows = prompts.reset_index(drop=True)
+    both = pd.concat([rows.assign(sample=0), rows.assign(sample=1)], ignore_index=True)
+    drawn = generate_together(
+        model, tokenizer, encode_prompts(tokenizer, list(both["prompt"])), list(both["prompt_id"]),
+        list(both["sample"]), sampling, seed, what,
+    )  # fmt: skip
+    both["response"] = decode(tokenizer, drawn.tokens)
+    both["tokens"] = [len(tokens.response) for tokens in drawn.tokens]
+    both["finished"] = drawn.finished
+    scored = both.join(gold.columns(judge, both["prompt"], both["facts"], both["response"]))
+    scored["utility"] = annotator.utility(
+        scored["gold"].to_numpy(), scored["tokens"].to_numpy(), scored["filler"].to_numpy(), settings
+    )
+    a, b = scored.iloc[: len(rows)].reset_index(drop=True), scored.iloc[len(rows) :].reset_index(drop=True)
+    choice = annotator.choose(a["utility"].to_numpy(), b["utility"].to_numpy(), settings, np.random.default_rng(seed))
+    first = pd.Series(choice.first)
+    chosen, rejected = a.where(first, b), b.where(first, a)
+    # Nothing can be learned from a pair of equal responses; and one that never ended, or says nothing, is no response.
+    usable = (a["response"] != b["response"]) & a["finished"] & b["finished"]
+    usable &= a["response"].str.strip().ne("") & b["response"].str.strip().ne("")
+    pairs = pd.DataFrame(
+        {
+            "pair_id": "pair-" + rows["prompt_id"],
+            "prompt_id": rows["prompt_id"],
+            "split": rows["split"],
+            "prompt": rows["prompt"],
+            "chosen": chosen["response"],
+            "rejected": rejected["response"],
+            "annotator": "simulated",
+            "p_chosen": choice.p_chosen,
+        }
+    )
+    differ = usable & (a["gold"] != b["gold"])
+    summary: dict = {
+        "dropped_share": float(1 - usable.mean()),
+        "annotator_agrees_with_gold": float((chosen["gold"] > rejected["gold"])[differ].mean()),
+        "annotator_mean_p_chosen": float(choice.p_chosen[usable].mean()),
+    }
+    for name in ("gold", "tokens", "filler"):
+        summary[name] = {
+            "chosen": float(chosen[name][usable].astype(float).mean()),
+            "rejected": float(rejected[name][usable].astype(float).mean()),
+        }
+    tokens = int(both["tokens"].sum())
+    return Labelled(pairs[usable].reset_index(drop=True), summary, tokens)

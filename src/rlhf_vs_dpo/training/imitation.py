@@ -1,0 +1,107 @@
+"""Four ways to do without reinforcement learning: supervised fine-tuning on texts that somebody or something liked.
+
+(CS336 notes, section 5.2.) What the policy converges to, where all responses come from ref (tests and `theory` hold it):
+
+    chosen_sft       SFT on the chosen responses                       pi = 2 ref(y) E_{y' ~ ref} sigmoid(r - r')
+    control_tokens   SFT on [GOOD] + chosen and [BAD] + rejected       the same, prompted by [GOOD]
+    rm_filtered      SFT on the share of samples that score highest    pi = ref(y) [r(y) > threshold] / share
+    best_of_n        SFT on the best of every n samples                pi = law of the best of n; n^t after t rounds
+
+Sources: Binary FeedME and reward conditioning in Dubois et al. 2023, arXiv:2305.14387; Lu et al. 2022 (Quark),
+arXiv:2205.13636; expert iteration: Anthony et al. 2017, arXiv:1705.08439; best-of-n: Stiennon et al. 2020, arXiv:2009.01325.
+"""
+
+from typing import NamedTuple
+
+import pandas as pd
+from torch import nn
+
+from rlhf_vs_dpo.config import Imitation, Sampling
+from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.generation import generate_together
+from rlhf_vs_dpo.models import Scorer
+from rlhf_vs_dpo.text import Tokens, encode, encode_prompts
+from rlhf_vs_dpo.training.forward import scores
+
+NEEDS = {"chosen_sft": "pairs", "control_tokens": "pairs", "rm_filtered": "pool", "best_of_n": "pool"}
+GOOD, BAD = "[GOOD]", "[BAD]"
+
+
+class Examples(NamedTuple):
+    """Texts to imitate, and their ids for errors."""
+
+    tokens: list[Tokens]
+    names: list[str]
+
+
+def from_pairs(recipe: str, pairs: pd.DataFrame, tokenizer, context: int) -> Examples:
+    """The chosen responses; for control tokens, the rejected ones too, each behind its token."""
+
+    def side(column: str, suffix: str = "") -> list[Tokens]:
+        return encode(tokenizer, pairs["prompt"], pairs[column], pairs["pair_id"], context, suffix)
+
+    names = list(pairs["pair_id"])
+    if recipe == "chosen_sft":
+        return Examples(side("chosen"), names)
+    return Examples(side("chosen", GOOD) + side("rejected", BAD), names + names)
+
+
+def from_pool(settings: Imitation, pool: pd.DataFrame, prompts: dict[str, list[int]]) -> Examples:
+    """What a recipe keeps of a pool: `prompt_id, sample, response_ids, finished, reward`; `prompts` are ids by prompt_id.
+
+    Responses that never ended have no score and are never kept. Raises DataError where nothing is left.
+    """
+    kept = above_threshold(pool, settings.share) if settings.recipe == "rm_filtered" else best_of_each(pool, settings.n)
+    if not len(kept):
+        raise DataError(f"the pool holds nothing to imitate: none of its {len(pool)} responses ended")
+    rows = kept.itertuples()
+    return Examples(
+        [Tokens(prompts[row.prompt_id], list(row.response_ids)) for row in rows],
+        [f"{prompt}/{sample}" for prompt, sample in zip(kept["prompt_id"], kept["sample"], strict=True)],
+    )
+
+
+def above_threshold(pool: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The share of each prompt's samples that scores highest, one at least.
+
+    A threshold for each prompt, for Bradley-Terry fixes rewards only up to a constant of the prompt: one for all would
+    choose among prompts.
+    """
+    scored = pool[pool["finished"]]
+    rank = scored.groupby("prompt_id")["reward"].rank(method="first", ascending=False)
+    count = pool.groupby("prompt_id").size().mul(share).round().clip(lower=1)
+    return scored[rank <= scored["prompt_id"].map(count)]
+
+
+def best_of_each(pool: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The best of every n samples of a prompt, in the order in which they were drawn; what is left over is not used."""
+    group = pool["sample"] // n
+    whole = pool.groupby([pool["prompt_id"], group])["sample"].transform("size") == n
+    usable = pool[whole & pool["finished"]]
+    best = usable.groupby([usable["prompt_id"], usable["sample"] // n], sort=False)["reward"].idxmax()
+    return pool.loc[best]
+
+
+def draw_pool(
+    model: nn.Module, tokenizer, reward: Scorer, prompts: dict[str, list[int]], samples: int, sampling: Sampling, seed: int
+) -> tuple[pd.DataFrame, int]:  # fmt: skip
+    """A pool of the policy as it is now: the columns that `from_pool` reads, and the tokens it took."""
+    names = [name for name in prompts for _ in range(samples)]
+    numbers = list(range(samples)) * len(prompts)
+    asked = [prompts[name] for name in names]
+    drawn = generate_together(model, tokenizer, asked, names, numbers, sampling, seed, "pool of this round")
+    table = pd.DataFrame(
+        {
+            "prompt_id": names,
+            "sample": numbers,
+            "response_ids": [tokens.response for tokens in drawn.tokens],
+            "finished": drawn.finished,
+            "reward": scores(reward, drawn.tokens, tokenizer.pad_token_id),
+        }
+    )
+    return table, sum(len(tokens.response) for tokens in drawn.tokens)
+
+
+def prompt_ids(tokenizer, prompts: pd.DataFrame) -> dict[str, list[int]]:
+    """Ids of each prompt by its prompt_id."""
+    return dict(zip(prompts["prompt_id"], encode_prompts(tokenizer, list(prompts["prompt"])), strict=True))

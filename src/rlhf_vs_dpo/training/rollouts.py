@@ -1,0 +1,183 @@
+"""Episodes: what a policy says, what it is paid for it, and the two ways to say how much better than expected that was."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_vs_dpo.config import Rl, Sampling, WithCritic
+from rlhf_vs_dpo.generation import generate
+from rlhf_vs_dpo.logprobs import Policy, before
+from rlhf_vs_dpo.losses.gae import gae, token_rewards, whiten
+from rlhf_vs_dpo.losses.reinforce import leave_one_out
+from rlhf_vs_dpo.models import Scorer, autocast, last
+from rlhf_vs_dpo.text import Batch, Tokens, collate, micro_batches
+
+
+class Episodes(NamedTuple):
+    """What the policy did, flat over the N response tokens of B episodes, in their order.
+
+    tokens, names, places    B examples, the ids of their prompts and their numbers in the global batch
+    offsets                  (B + 1) where each episode starts among the N
+    logp, ref_logp           (N,) under the policy that sampled and under the reference, both frozen
+    rewards                  (N,) R_t: minus beta times the log-ratio, and the score at the last token
+    score                    (B,) RM score at EOS, or `unfinished_reward` where there is none
+    finished                 (B,) bool
+    values                   (N,) of the value network before each token; empty where there is none
+    advantages, returns      (N,) filled in by `generalised_advantages` or `leave_one_out_advantages`; empty before
+    """
+
+    tokens: list[Tokens]
+    names: list[str]
+    places: list[int]
+    offsets: Tensor
+    logp: Tensor
+    ref_logp: Tensor
+    rewards: Tensor
+    score: Tensor
+    finished: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def flat(self, group: Sequence[int]) -> Tensor:
+        """Indices of the response tokens of some episodes, in the order in which a collated batch holds them."""
+        return torch.cat([torch.arange(int(self.offsets[i]), int(self.offsets[i + 1])) for i in group])
+
+    def owners(self) -> Tensor:
+        """Episode of each response token, (N,) int64."""
+        return torch.repeat_interleave(torch.arange(len(self.tokens)), self.offsets.diff()).to(self.logp.device)
+
+    def totals(self) -> Tensor:
+        """R(x, y) of each episode, the sum of its token rewards: score - beta * log(pi / ref), (B,)."""
+        return torch.zeros_like(self.score).index_add(0, self.owners(), self.rewards)
+
+    def mask(self) -> Tensor:
+        """(B, R) bool: the response tokens, every response starting at column 0."""
+        lengths = self.offsets.diff()
+        return (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).to(self.logp.device)
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Flat values as rows, one per episode, 0 behind its end: (N,) -> (B, R)."""
+        mask = self.mask()
+        return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+
+
+def state_values(scorer, batch: Batch) -> Tensor:
+    """V(s_t) of each response token: the value read one position before it, at the state it was chosen in; (N,)."""
+    return scorer(batch)[before(batch.response_mask)]
+
+
+@torch.no_grad()
+def rollout(
+    accelerate, acting, criticising, policy: Policy, reference: Policy, reward: Scorer, tokenizer,
+    prompts: list[list[int]], names: list[str], places: list[int], settings: Rl, sampling: Sampling, beta: float, key: tuple[int, int], budget: int,
+) -> tuple[Episodes, dict[str, float]]:  # fmt: skip
+    """Sample one response per prompt and compute all that the updates hold fixed, advantages apart.
+
+    `places` are the episodes' numbers in the global batch: they key the random streams, so that a prompt that occurs
+    twice in an iteration is answered independently.
+
+    `acting` and `criticising` are the modules as trained (wrapped for several processes): the old log-probabilities and
+    values come from the very forward pass that the updates differentiate, not from generation. `criticising` is None
+    where there is no value network.
+    """
+    device = accelerate.device
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    drawn = generate(policy.model, tokenizer, prompts, names, places, sampling, seed)
+    tokens, finished = drawn.tokens, torch.tensor(drawn.finished, device=device)
+    offsets = torch.tensor([0, *np.cumsum([len(example.response) for example in tokens])])
+    flat = {name: torch.zeros(int(offsets[-1]), device=device) for name in ("logp", "ref_logp", "values", "entropy")}
+    score = torch.zeros(len(tokens), device=device)
+    nothing = torch.empty(0, device=device)
+    episodes = Episodes(
+        tokens, names, places, offsets, flat["logp"], flat["ref_logp"], nothing, score, finished,
+        flat["values"] if criticising is not None else nothing, nothing, nothing,
+    )  # fmt: skip
+    for group in micro_batches([len(example) for example in tokens], budget):
+        batch = collate([tokens[i] for i in group], tokenizer.pad_token_id).to(device)
+        place = episodes.flat(group).to(device)
+        with autocast(device):
+            output = acting(batch)
+            flat["logp"][place] = output.logp[batch.response_mask]
+            flat["entropy"][place] = output.entropy[batch.response_mask]
+            flat["ref_logp"][place] = reference(batch).logp[batch.response_mask]
+            if criticising is not None:
+                flat["values"][place] = state_values(criticising, batch)
+            score[group] = last(reward(batch), batch.response_mask)
+    raw = score
+    # A response that never ended has no EOS to be scored at: its reward is set, not corrected.
+    score = torch.where(finished, score, settings.unfinished_reward)
+    mask = episodes.mask()
+    rewards = token_rewards(episodes.padded(flat["logp"]), episodes.padded(flat["ref_logp"]), score, mask, beta)[mask]
+    episodes = episodes._replace(score=score, rewards=rewards)
+    kl = episodes.padded(flat["logp"] - flat["ref_logp"]).sum(-1)
+    low, high = getattr(reward.model.config, "reward_range", None) or (-float("inf"), float("inf"))
+    outside = finished & ((raw < low) | (raw > high))
+    per_episode = [score, kl, mask.sum(-1), finished, episodes.totals(), outside, kl**2, torch.ones_like(score)]
+    sums = accelerate.reduce(torch.stack([row.double().sum() for row in per_episode])).tolist()
+    means = [total / sums[-1] for total in sums]
+    metrics = dict(zip(("score", "kl", "tokens", "finished", "objective", "score_out_of_range"), means, strict=False))
+    count = float(accelerate.reduce(torch.tensor(float(len(rewards)), device=device)))
+    metrics |= {
+        "kl_standard_error": max(means[6] - means[1] ** 2, 0.0) ** 0.5 / sums[-1] ** 0.5,
+        "kl_coefficient": beta,
+        "entropy": float(accelerate.reduce(flat["entropy"].sum()) / count),
+        "tokens_total": count,
+    }
+    return episodes, metrics
+
+
+def moments(accelerate, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, (biased) variance and count over the values of all processes."""
+    sums = torch.stack(
+        [
+            values.double().sum(),
+            (values.double() ** 2).sum(),
+            torch.tensor(float(len(values)), dtype=torch.float64, device=values.device),
+        ]
+    )
+    total, squares, count = accelerate.reduce(sums)
+    mean = total / count
+    return mean.float(), (squares / count - mean**2).clamp_min(0).float(), count.float()
+
+
+@torch.no_grad()
+def generalised_advantages(accelerate, episodes: Episodes, settings: WithCritic) -> tuple[Episodes, dict[str, float]]:
+    """Advantages per token by GAE, whitened over all processes, and the returns that the value network learns."""
+    mask = episodes.mask()
+    advantages, returns = gae(
+        episodes.padded(episodes.rewards),
+        episodes.padded(episodes.values),
+        mask.float(),
+        settings.gae_discount,
+        settings.gae_lambda,
+    )
+    advantages, returns = advantages[mask], returns[mask]
+    mean, variance, _ = moments(accelerate, advantages)
+    unexplained = moments(accelerate, returns - episodes.values)[1]
+    spread = moments(accelerate, returns)[1]
+    return episodes._replace(advantages=whiten(advantages, mean, variance), returns=returns), {
+        "value_mean": float(moments(accelerate, episodes.values)[0]),
+        "explained_variance": float(1 - unexplained / spread.clamp_min(1e-8)),
+    }
+
+
+@torch.no_grad()
+def leave_one_out_advantages(
+    accelerate, episodes: Episodes, settings: Rl, group: int
+) -> tuple[Episodes, dict[str, float]]:
+    """R(x, y) minus the mean R of the others in its group, the same for every token of a response; `group` 1: R itself.
+
+    A group is `group` neighbours in the global batch, whichever process holds them.
+    """
+    whole = torch.zeros(settings.episodes, device=episodes.score.device)
+    places = torch.tensor(episodes.places, device=whole.device)
+    whole[places] = episodes.totals()
+    whole = accelerate.reduce(whole)
+    centred = leave_one_out(whole.view(-1, group)).flatten() if group > 1 else whole
+    return episodes._replace(advantages=centred[places][episodes.owners()]), {
+        "advantage_variance": float(centred.var(correction=0))
+    }

@@ -1,0 +1,85 @@
+"""Fine-tune the SFT policy on texts that were liked: chosen responses, control tokens, RM-filtered samples, best of n."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import launch, tracking
+
+
+def main(
+    method: Annotated[str, typer.Option(help="Entry of `imitation` in params.yaml.")],
+    seed: Annotated[int, typer.Option(help="Seed of this cell.")],
+    sft: Annotated[Path, typer.Option(help="Policy to start from.")],
+    pairs: Annotated[Path, typer.Option(help="Preference pairs; opened only by recipes that imitate them.")],
+    pool: Annotated[Path, typer.Option(help="Scored samples; opened only by recipes that imitate them.")],
+    reward: Annotated[Path, typer.Option(help="Reward model; opened only for a second round.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: train to learn on, validation to watch.")],
+    world: Annotated[Path, typer.Option(help="Folder of the gold reward, to watch.")],
+    out: Annotated[Path, typer.Option(help="Where the policy goes.")],
+    heldout: Annotated[Path, typer.Option(help="Samples taken while training.")],
+    metrics: Annotated[Path, typer.Option(help="Final metrics.")],
+    curves: Annotated[Path, typer.Option(help="Training curve.")],
+    run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
+) -> None:
+    """Maximum likelihood of what a recipe keeps, once or in several rounds of sampling and keeping."""
+    launch.on_all_devices()
+    tags = {"family": "imitation", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
+    with tracking.stage(f"imitation@{method}-{seed}", [sft, pairs, pool, prompts], run_file, **tags) as run:
+        import torch
+
+        from rlhf_vs_dpo import gold, models, schemas
+        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo.training import imitation, supervised
+        from rlhf_vs_dpo.training.monitor import HeldOut
+
+        settings, sampling = run.section("imitation", method), run.section("sampling")
+        torch.manual_seed(seed)
+        model, tokenizer = models.load_policy(sft)
+        start, _ = models.load_policy(sft)  # to measure KL at the watched points; training never sees it
+        if settings.recipe == "control_tokens":
+            models.add_control_tokens(model, tokenizer, [imitation.GOOD, imitation.BAD])
+        policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
+        known: dict[str, list[int]] = {}
+        samples = 0
+        if imitation.NEEDS[settings.recipe] == "pairs":
+            learned = schemas.read_table(pairs, "pairs", "train")
+            examples = imitation.from_pairs(settings.recipe, learned, tokenizer, models.context_of(model))
+        else:
+            drawn = schemas.read_table(pool, "pool", "train")
+            asked = schemas.read_table(prompts, "prompts", "train")
+            known = imitation.prompt_ids(tokenizer, asked[asked["prompt_id"].isin(drawn["prompt_id"])])
+            samples = int(drawn["sample"].max()) + 1
+            examples = imitation.from_pool(settings, drawn, known)
+        planned = settings.rounds * supervised.steps_over(settings, len(examples.tokens))
+        watched = HeldOut(
+            schemas.read_table(prompts, "prompts", "validation"), gold.load(world), start, tokenizer,
+            run.section("monitor"), sampling, run.seed, planned,
+        )  # fmt: skip
+        trained = generated = taken = 0
+        for number in range(settings.rounds):
+            if number > 0:
+                drawn, tokens = imitation.draw_pool(
+                    model, tokenizer, models.load_scorer(reward), known, samples, sampling, run.seed + number
+                )
+                generated += tokens
+                examples = imitation.from_pool(settings, drawn, known)
+            last = number + 1 == settings.rounds
+            steps = planned - taken if last else planned // settings.rounds
+            trained += supervised.likelihood(
+                policy, *examples, pad, supervised.as_training(settings, steps), seed,
+                lambda values, step, taken=taken: run.log(values, taken + step), method,
+                lambda step, taken=taken: watched.watch(model, taken + step, run.log),
+            )  # fmt: skip
+            taken += steps
+        run.spent(tokens_trained=trained, tokens_generated=generated)
+        if launch.is_main():
+            models.save(model, tokenizer, out)
+            schemas.write_table(watched.table(), "heldout", heldout)
+            run.curve(curves)
+            run.finish(run.rows[-1] | watched.final() | {"examples": len(examples.tokens)}, metrics, taken)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,88 @@
+"""Sample the SFT policy many times for each prompt, and score what it says: best-of-n and its imitations draw on it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_vs_dpo import tracking
+
+CHUNK = 8192  # responses held in memory at once
+
+
+def main(
+    sft: Annotated[Path, typer.Option(help="Policy to sample from.")],
+    reward: Annotated[Path, typer.Option(help="Reward model.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: train to imitate, test to measure best-of-n on.")],
+    world: Annotated[Path, typer.Option(help="Folder of the gold reward.")],
+    out: Annotated[Path, typer.Option(help="Where the pool goes.")],
+    metrics: Annotated[Path, typer.Option(help="What the pool is like.")],
+    run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
+) -> None:
+    """Write `pool`, part by part: what does not fit into memory need not."""
+    with tracking.stage("pool", [sft, reward, prompts], run_file) as run:
+        import pandas as pd
+
+        from rlhf_vs_dpo import gold, models, schemas, text
+        from rlhf_vs_dpo.generation import decode, generate
+        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo.progress import bar
+        from rlhf_vs_dpo.training import forward
+
+        settings, sampling = run.section("pool"), run.section("sampling")
+        train = schemas.read_table(prompts, "prompts", "train").head(settings.train_prompts)
+        test = schemas.read_table(prompts, "prompts", "test").head(settings.test_prompts)
+        deep = [number < settings.deep_prompts for number in range(len(test))]
+        rows = pd.concat(
+            [
+                train.assign(samples=settings.train_samples),
+                test.assign(samples=[settings.deep_samples if d else settings.test_samples for d in deep]),
+            ],
+            ignore_index=True,
+        )
+        each = rows.loc[rows.index.repeat(rows["samples"])]
+        each = each.assign(sample=each.groupby(level=0).cumcount()).reset_index(drop=True)
+        model, tokenizer = models.load_policy(sft)
+        policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
+        scorer, judge = models.load_scorer(reward), gold.load(world)
+        totals = {"train": [0, 0, 0.0], "test": [0, 0, 0.0]}  # responses, tokens, sum of rewards of those that ended
+
+        def parts():
+            with bar(len(each), "pool", "response") as progress:
+                for start in range(0, len(each), CHUNK):
+                    some = each.iloc[start : start + CHUNK].reset_index(drop=True)
+                    drawn = generate(
+                        model, tokenizer, text.encode_prompts(tokenizer, list(some["prompt"])), list(some["prompt_id"]),
+                        list(some["sample"]), sampling, run.seed, rows=1024,
+                    )  # fmt: skip
+                    logp = forward.log_likelihoods(policy, drawn.tokens, pad)
+                    table = some[["prompt_id", "split", "sample"]].assign(
+                        response=decode(tokenizer, drawn.tokens),
+                        response_ids=[tokens.response for tokens in drawn.tokens],
+                        tokens=[len(tokens.response) for tokens in drawn.tokens],
+                        finished=drawn.finished,
+                        logp=logp,
+                        reference_logp=logp,
+                        reward=forward.scores(scorer, drawn.tokens, pad),
+                    )
+                    table["reward"] = table["reward"].where(table["finished"])
+                    for split, group in table.groupby("split"):
+                        totals[split][0] += len(group)
+                        totals[split][1] += int(group["tokens"].sum())
+                        totals[split][2] += float(group["finished"].sum())
+                    progress.update(len(some))
+                    yield table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
+
+        schemas.write_stream(parts(), "pool", out)
+        run.spent(tokens_generated=sum(entry[1] for entry in totals.values()))
+        run.finish(
+            {
+                split: {"responses": count, "tokens": tokens, "finished": ended / count}
+                for split, (count, tokens, ended) in totals.items()
+            },
+            metrics,
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
