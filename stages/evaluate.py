@@ -57,8 +57,9 @@ def main(
                     table.reset_index(drop=True), kept[folder], sft, demos, bootstrap, rewards.get(folder)
                 )
                 onto[row] = folder, "evaluation" if number == 0 else f"evaluation {suffix.strip('[]')}"
-        drawn = schemas.read_table(pool, "pool", "test")
-        drawn = drawn[drawn["prompt_id"].isin(bootstrap.prompts)]
+        whole = schemas.read_table(pool, "pool")
+        learned = whole.loc[whole["split"] == "train", "sample"]
+        drawn = whole[(whole["split"] == "test") & whole["prompt_id"].isin(bootstrap.prompts)]
         for n in policies.best_of_n:
             results[f"best_of_{n}"] = measure.policy(as_samples(drawn, n), None, sft, demos, bootstrap)
             onto[f"best_of_{n}"] = "pool", f"best_of_{n}"
@@ -75,9 +76,17 @@ def main(
             for method in policies.imitation
             for seed in run.section("seeds")
         }
-        checked = [of_imitation(names[folder], results[names[folder]], entry) for folder, entry in recipes.items()]
-        checked += [of_best_of_n(f"best_of_{n}", results[f"best_of_{n}"], n) for n in policies.best_of_n]
-        checked += [of_best_of_n(f"best of {row['n']} (curve)", row, row["n"]) for row in curve if row["n"] > 1]
+        own_pairs = run.section("preferences").source == "dataset"
+        samples_each = int(learned.max()) + 1 if len(learned) else 1
+        checked = [
+            of_imitation(names[folder], results[names[folder]], entry, own_pairs, samples_each, len(sft))
+            for folder, entry in recipes.items()
+        ]
+        checked += [of_best_of_n(f"best_of_{n}", results[f"best_of_{n}"], n, len(sft)) for n in policies.best_of_n]
+        compared = int(sft["prompt_id"].isin(deep["prompt_id"]).sum())
+        checked += [
+            of_best_of_n(f"best of {row['n']} (curve)", row, row["n"], compared) for row in curve if row["n"] > 1
+        ]
         tracking.write_json(results, out)
         tracking.write_json({name: entry for part in checked for name, entry in part.items()}, bounds)
         tracking.write_curve([measure.flat(row) for row in curve], best_of_n)

@@ -30,9 +30,11 @@ def main(
         import torch
 
         from rlhf_vs_dpo import gold, models, schemas
+        from rlhf_vs_dpo.errors import TrainingError
         from rlhf_vs_dpo.logprobs import Policy
         from rlhf_vs_dpo.training import imitation, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
+        from rlhf_vs_dpo.training.optimise import round_seed
 
         settings, sampling = run.section("imitation", method), run.section("sampling")
         torch.manual_seed(seed)
@@ -61,10 +63,15 @@ def main(
         for number in range(settings.rounds):
             if number > 0:
                 drawn, tokens = imitation.draw_pool(
-                    model, tokenizer, models.load_scorer(reward), known, samples, sampling, run.seed + number
+                    model, tokenizer, models.load_scorer(reward), known, samples, sampling, round_seed(seed, number)
                 )
                 generated += tokens
                 examples = imitation.from_pool(settings, drawn, known)
+                if len(examples.tokens) < settings.batch:
+                    raise TrainingError(
+                        f"round {number + 1}: the policy's samples left {len(examples.tokens)} examples, fewer than "
+                        f"`batch` ({settings.batch}): most never end. Fewer `rounds`, or a lower `learning_rate`"
+                    )
             last = number + 1 == settings.rounds
             steps = planned - taken if last else planned // settings.rounds
             trained += supervised.likelihood(

@@ -45,14 +45,15 @@ def main(
         model, tokenizer = models.load_policy(sft)
         policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
         scorer, judge = models.load_scorer(reward), gold.load(world)
-        totals = {"train": [0, 0, 0.0], "test": [0, 0, 0.0]}  # responses, tokens, sum of rewards of those that ended
+        totals = {"train": [0, 0, 0.0], "test": [0, 0, 0.0]}  # responses, tokens, how many ended
 
         def parts():
             with bar(len(each), "pool", "response") as progress:
                 for start in range(0, len(each), CHUNK):
                     some = each.iloc[start : start + CHUNK].reset_index(drop=True)
+                    streams = [f"pool/{name}" for name in some["prompt_id"]]  # of its own: no sample is another table's
                     drawn = generate(
-                        model, tokenizer, text.encode_prompts(tokenizer, list(some["prompt"])), list(some["prompt_id"]),
+                        model, tokenizer, text.encode_prompts(tokenizer, list(some["prompt"])), streams,
                         list(some["sample"]), sampling, run.seed, rows=1024,
                     )  # fmt: skip
                     logp = forward.log_likelihoods(policy, drawn.tokens, pad)

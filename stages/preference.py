@@ -34,9 +34,11 @@ def main(
         import torch
 
         from rlhf_vs_dpo import gold, labelling, models, schemas, text
+        from rlhf_vs_dpo.errors import TrainingError
         from rlhf_vs_dpo.logprobs import Policy
         from rlhf_vs_dpo.training import forward, preference, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
+        from rlhf_vs_dpo.training.optimise import round_seed
 
         settings, sampling = run.section("preference", method), run.section("sampling")
         torch.manual_seed(seed)
@@ -68,9 +70,15 @@ def main(
             if number > 0:  # online: pairs of the policy as it is now, on prompts that no round has had yet
                 labelled = labelling.label(
                     model, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], judge,
-                    run.section("preferences").annotator, sampling, run.seed + number, f"pairs of round {number + 1}",
+                    run.section("preferences").annotator, sampling, round_seed(seed, number), f"pairs of round {number + 1}",
                 )  # fmt: skip
                 rows, generated = labelled.pairs, generated + labelled.tokens_generated
+                if len(rows) < settings.batch:
+                    raise TrainingError(
+                        f"round {number + 1}: only {len(rows)} of {len(part)} prompts gave a pair, fewer than `batch` "
+                        f"({settings.batch}): the policy says the same twice, or never ends. Fewer `rounds`, a lower "
+                        "`learning_rate` or a higher beta keep it closer to the SFT policy"
+                    )
             chosen, rejected = encoded(rows)
             if number > 0 and known is not None:
                 frozen = Policy(start, sampling.temperature)

@@ -41,11 +41,13 @@ def main(
         each = pd.concat([rows.assign(sample=number) for number in range(settings.per_prompt)], ignore_index=True)
         each = each.sort_values(["prompt_id", "sample"], ignore_index=True)
         plain, pad = text.encode_prompts(tokenizer, list(each["prompt"])), tokenizer.pad_token_id
+        # Each policy has random streams of its own, so that wins are those of independent samples.
+        streams = [f"{policy.name}/{name}" for name in each["prompt_id"]]
         tables = []
         for suffix in models.prompt_suffixes(model):  # the folder says how it is prompted; mostly by the prompt alone
             asked = text.encode_prompts(tokenizer, list(each["prompt"]), suffix)
             drawn = generate(
-                model, tokenizer, asked, list(each["prompt_id"]), list(each["sample"]), sampling, run.seed,
+                model, tokenizer, asked, streams, list(each["sample"]), sampling, run.seed,
                 f"{policy.name} {suffix}".strip(),
             )  # fmt: skip
             # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.

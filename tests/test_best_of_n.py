@@ -95,7 +95,7 @@ def test_bounds_name_what_breaks_them():
         "win_rate_vs_sft": {"mean": 0.7, "low": 0.68, "high": 0.72},
         "win_rate_vs_sft_by_rm": {"mean": None, "low": None, "high": None},
     }
-    checked = of_best_of_n("x", row, 2)
+    checked = of_best_of_n("x", row, 2, 100)
     assert checked["x: kl"]["holds"] and checked["x: kl"]["bound"] == pytest.approx(math.log(2) - 0.5)
     assert not checked["x: win_rate_vs_sft"]["holds"] and len(checked) == 2
     assert win_rate_bound(2) == pytest.approx(2 / 3)
@@ -104,6 +104,26 @@ def test_bounds_name_what_breaks_them():
         "weight_decay": 0.0, "max_grad_norm": 1.0, "adam_epsilon": 1.0,
     }  # fmt: skip
     rounds = config.BestOfN(recipe="best_of_n", n=4, **passes)
-    assert of_imitation("x", row, rounds)["x: kl"]["bound"] == pytest.approx(kl_bound(64))
+    assert of_imitation("x", row, rounds, False, 16, 10**6)["x: kl"]["bound"] == pytest.approx(kl_bound(64))
     share = config.RmFiltered(recipe="rm_filtered", share=0.25, **(passes | {"rounds": 1}))
-    assert of_imitation("x", row, share)["x: kl"]["bound"] == pytest.approx(math.log(4))
+    assert of_imitation("x", row, share, False, 16, 100)["x: kl"]["bound"] == pytest.approx(math.log(4))
+    assert of_imitation("x", row, share, False, 5, 100)["x: kl"]["bound"] == pytest.approx(math.log(5))  # one of five
+    chosen = config.ChosenSft(recipe="chosen_sft", **(passes | {"rounds": 1}))
+    assert of_imitation("x", row, chosen, False, 16, 100)["x: kl"]["bound"] == pytest.approx(kl_bound(2))
+    assert of_imitation("x", row, chosen, True, 16, 100) == {}  # pairs of a data set are no samples of ref
+    assert list(of_best_of_n("x", row, 1024, 256)) == ["x: kl"]  # too few losses to be expected
+
+
+def test_equal_rewards_share_a_level_and_the_endless_are_the_lowest():
+    """Ratios against the exact law where many responses tie, and one half never ends."""
+    ref = np.array([0.3, 0.2, 0.1, 0.4])
+    levels = np.array([1.0, 1.0, 2.0, np.nan])
+    known = np.array([1.0, 1.0, 2.0, -9.0])
+    draws = np.random.default_rng(0).choice(4, size=4000, p=ref)
+    for n in (1, 2, 8):
+        law = laws.best_of_n_law(ref, known, n)
+        ratio = log_ratio(levels[draws], np.log(ref[draws]), draws.astype(str), n)
+        for y in range(4):
+            assert np.unique(ratio[draws == y]) == pytest.approx(np.log(law[y] / ref[y]), abs=0.05 * n)
+    endless = log_ratio(np.full(50, np.nan), np.full(50, -3.0), np.arange(50).astype(str), 16)
+    assert endless == pytest.approx(np.zeros(50), abs=1e-9)  # none ends: nothing is selected

@@ -100,6 +100,7 @@ def test_policy_names():
         ("rl.rloo.samples_per_prompt", 1, "samples_per_prompt must be at least 2"),
         ("rl.rloo.samples_per_prompt", 3, "episodes (128) must be a multiple of samples_per_prompt (3)"),
         ("preference.cdpo.label_smoothing", 0.5, "`preference.cdpo.label_smoothing` is 0.5"),
+        ("policies", {"rl": [], "preference": [], "imitation": [], "best_of_n": [2]}, "there is nothing to compare"),
         ("pool.deep_prompts", 501, "deep_prompts <= test_prompts"),
         ("policies", [], "`policies` is []"),
         ("seeds", [0, 0], "`seeds` holds a seed twice"),

@@ -14,13 +14,14 @@ from rlhf_vs_dpo.training import policy_gradient, preference
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-def test_ppo_runs_and_its_invariants_hold(tokenizer):
+@pytest.mark.parametrize("method", ["ppo", "trpo", "rloo", "reinforce"])
+def test_rl_runs_and_its_invariants_hold(tokenizer, method):
     rows = []
     policy, reference = (Policy(small_model(tokenizer, scale=2.0).cuda(), 1.0) for _ in range(2))
     prompts = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]] * 8
     policy_gradient.train(
         policy, reference, scorer(tokenizer).cuda(), tokenizer, prompts, [f"p{i}" for i in range(16)], [],
-        rl_settings(), Sampling(temperature=1.0, max_new_tokens=6), 0, NoWatch(), lambda m, s: rows.append(m), "x",
+        rl_settings(method), Sampling(temperature=1.0, max_new_tokens=6), 0, NoWatch(), lambda m, s: rows.append(m), "x",
     )  # fmt: skip
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
 
@@ -29,7 +30,7 @@ def test_simpo_runs(tokenizer, examples):
     rows = []
     policy = Policy(small_model(tokenizer).cuda(), 1.0)
     preference.train(
-        policy, examples[:6], examples[6:], list("abcdef"), None, tokenizer.pad_token_id, variant("simpo"), 0, NoWatch(),
+        policy, examples[:6], examples[6:], list("abcdef"), None, tokenizer.pad_token_id, variant("simpo"), 1, 0, NoWatch(),
         lambda m, s: rows.append(m), "x",
     )  # fmt: skip
     assert math.isfinite(rows[0]["loss"])

@@ -332,3 +332,166 @@ def test_the_reference_is_a_constant(tokenizer):
     before = weights(reference), weights(reward)
     run_ppo(tokenizer, rl_settings(), model=model, reference=reference, reward=reward)
     assert torch.equal(weights(reference), before[0]) and torch.equal(weights(reward), before[1])
+
+
+# ---- the policy gradient ---------------------------------------------------------------------------------------------
+
+
+def raw_roll(world, tokenizer, settings):
+    policy, reference, reward, _ = world
+    prompts = [[tokenizer.bos_token_id, 5 + (i // 3) % 3] for i in range(12)]  # three answers to each prompt
+    return rollouts.rollout(
+        accelerator(), policy, None, policy, reward=reward, reference=reference, tokenizer=tokenizer, prompts=prompts,
+        names=[f"p{i // 3}" for i in range(12)], places=list(range(12)), settings=settings, sampling=SAMPLING, beta=0.3,
+        key=(0, 0), budget=64,
+    )  # fmt: skip
+
+
+def expected_totals(world, episodes):
+    policy, reference, _, _ = world
+    totals = []
+    for i, tokens in enumerate(episodes.tokens):
+        gap = sum(token_logp(policy.model, tokens, 0.8)) - sum(token_logp(reference.model, tokens, 0.8))
+        totals.append(episodes.score[i].item() - 0.3 * gap)
+    return np.array(totals)
+
+
+@pytest.mark.parametrize("method, group", [("reinforce_plain", 1), ("rloo", 3), ("reinforce", 12)])
+def test_a_policy_gradient_step_against_brute_force(world, tokenizer, method, group):
+    changes = {"episodes": 12, "kl_coefficient": 0.3, "unfinished_reward": -7.0}
+    settings = rl_settings(method, **changes)
+    if method == "rloo":
+        settings = settings.model_copy(update={"samples_per_prompt": 3})
+    episodes, metrics = raw_roll(world, tokenizer, settings)
+    assert "explained_variance" not in metrics and len(episodes.values) == 0
+    totals = expected_totals(world, episodes)
+    assert episodes.totals().tolist() == pytest.approx(totals.tolist(), abs=1e-3)
+    assert metrics["objective"] == pytest.approx(totals.mean(), abs=1e-3)
+    wanted = []
+    for i in range(12):
+        others = [totals[j] for j in range(12) if j // group == i // group and j != i]
+        wanted.append(totals[i] - (np.mean(others) if others else 0.0))
+    episodes, _ = attempts.ATTEMPTS[settings.algorithm].advantages(accelerator(), episodes, settings)
+    lengths = [len(t.response) for t in episodes.tokens]
+    assert episodes.advantages.tolist() == pytest.approx(np.repeat(wanted, lengths).tolist(), abs=1e-3)
+    policy = world[0]
+    taught = learner(policy, None, settings)
+    seen = []
+    taught.actor.adamw.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(policy)))
+    measured = attempts.policy_gradient_step(taught, episodes)
+    reference_model = small_model(tokenizer, seed=5, scale=2.0)
+    loss = 0.0
+    for advantage, tokens in zip(wanted, episodes.tokens, strict=True):
+        ids = torch.tensor([[*tokens.prompt, *tokens.response]])
+        logp = (reference_model(ids).logits[0] / 0.8).log_softmax(-1)
+        start = len(tokens.prompt)
+        loss = loss - advantage * sum(logp[t - 1, ids[0, t]] for t in range(start, ids.shape[1])) / 12
+    loss.backward()
+    assert measured["policy_loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert torch.allclose(seen[0], gradients(reference_model), atol=2e-3)
+
+
+def test_the_kl_of_a_rollout_has_its_noise(world, tokenizer):
+    episodes, metrics = raw_roll(world, tokenizer, rl_settings("reinforce", episodes=12))
+    kl = episodes.padded(episodes.logp - episodes.ref_logp).sum(-1).numpy()
+    assert metrics["kl_standard_error"] == pytest.approx(kl.std() / 12**0.5, rel=1e-3)
+
+
+def test_scores_out_of_the_range_of_training_are_counted(world, tokenizer):
+    reward = world[2]
+    episodes, metrics = raw_roll(world, tokenizer, rl_settings("reinforce", episodes=12))
+    assert metrics["score_out_of_range"] == 0.0  # a reward model that knows no range
+    ended = episodes.score[episodes.finished].sort().values
+    reward.model.config.reward_range = [ended[0].item() - 1, (ended[-1].item() + ended[-2].item()) / 2]
+    _, metrics = raw_roll(world, tokenizer, rl_settings("reinforce", episodes=12))
+    assert metrics["score_out_of_range"] == pytest.approx(1 / 12)
+
+
+def test_trpo_in_a_transformer_keeps_its_promise(tokenizer):
+    """KL of every accepted step, recomputed over whole distributions from the weights before and after."""
+    rows, kept = [], []
+    model = small_model(tokenizer, scale=2.0)
+
+    def log(metrics, step):
+        rows.append(metrics)
+        kept.append(copy.deepcopy(model.state_dict()))
+
+    settings = rl_settings("trpo").model_copy(update={"iterations": 3, "episodes": 16, "max_kl": 0.005})
+    sampling = Sampling(temperature=1.0, max_new_tokens=5)
+    start = copy.deepcopy(model.state_dict())
+    run_ppo(tokenizer, settings, log=log, sampling=sampling, model=model)
+    assert all(row["update/kl_old_new"] <= row["update/kl_bound"] for row in rows)
+    assert [row["update/kl_bound"] for row in rows] == pytest.approx([0.005, 0.005 * 2 / 3, 0.005 / 3])
+    accepted = [row for row in rows if not row["update/rejected"]]
+    assert accepted and all(row["update/surrogate_gain"] >= 0 and row["update/kl_old_new"] > 0 for row in accepted)
+    assert not all(torch.equal(start[k], kept[0][k]) for k in start)
+
+
+def test_step_0_knows_each_loss(tokenizer, examples, monkeypatch):
+    """The invariant of the loss itself: log 2, 1 / (4 tau^2); a loss that is wired wrongly is stopped."""
+    from test_training import run_pairs, stored
+
+    from rlhf_vs_dpo.errors import TrainingError
+
+    for name in ("dpo", "cdpo", "ipo", "ln_dpo"):
+        rows = []
+        run_pairs(
+            tokenizer, examples, variant(name), stored(tokenizer, examples), lambda m, s, rows=rows: rows.append(m)
+        )
+        assert rows[0]["loss"] == pytest.approx(preference.loss_at_reference(variant(name)), rel=1e-3)
+    assert preference.loss_at_reference(variant("ipo")) == pytest.approx(1 / (4 * variant("ipo").tau ** 2))
+    whole = preference.pair_loss
+    monkeypatch.setattr(preference, "pair_loss", lambda *a: whole(*a)._replace(loss=whole(*a).loss + 0.1))
+    with pytest.raises(TrainingError, match=r"the ipo loss is .*, expected 25"):
+        run_pairs(tokenizer, examples, variant("ipo", tau=0.1), stored(tokenizer, examples))
+
+
+def test_a_reward_model_without_its_shift_is_stopped(tokenizer, examples):
+    from rlhf_vs_dpo.errors import TrainingError
+    from rlhf_vs_dpo.training.invariants import check_normalised
+
+    reward = scorer(tokenizer)
+    demos = [examples[i % 12] for i in range(240)]
+    reward.model.config.reward_shift += reward.model.config.reward_scale * float(np.mean(scores(reward, demos, 3)))
+    check_normalised(reward, demos, 3)
+    reward.model.config.reward_shift = 5.0
+    with pytest.raises(TrainingError, match="mean RM score of 240 demonstrations"):
+        check_normalised(reward, demos, 3)
+
+
+def test_implicit_rewards_are_what_the_loss_compares(tokenizer, examples):
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    reference = pd.DataFrame({"chosen_logp": np.linspace(-9, -4, 6), "rejected_logp": np.linspace(-5, -8, 6)})
+    logp = np.array(log_likelihoods(policy, examples, 3))
+    lengths = np.array([len(t.response) for t in examples])
+    for name, weight in (
+        ("dpo", 0.1),
+        ("ipo", variant("ipo").tau),
+        ("ln_dpo", 2.0 / lengths),
+        ("simpo", 2.0 / lengths),
+    ):
+        known = None if name == "simpo" else reference
+        table = preference.implicit_rewards(policy, examples[:6], examples[6:], known, 3, variant(name))
+        ref = 0.0 if name == "simpo" else np.concatenate([reference["chosen_logp"], reference["rejected_logp"]])
+        wanted = weight * (logp - ref)
+        assert table["chosen"].tolist() == pytest.approx(wanted[:6].tolist(), abs=1e-4)
+        assert table["rejected"].tolist() == pytest.approx(wanted[6:].tolist(), abs=1e-4)
+
+
+def test_later_rounds_go_on_where_the_last_one_stopped(tokenizer, examples):
+    """Steps count on, and the policy need not be the reference any more."""
+    from test_training import stored
+
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    rows, reference = [], stored(tokenizer, examples)
+    for taken in (0, 2):
+        preference.train(
+            policy, examples[:6], examples[6:], list("abcdef"), reference, 3, variant("dpo", batch=6), 2, 0, NoWatch(),
+            lambda m, s: rows.append((s, m["loss"])), "x", taken,
+        )  # fmt: skip
+    assert [step for step, _ in rows] == [1, 2, 3, 4]
+    with pytest.raises(Exception, match="step-0 invariant"):
+        preference.train(
+            policy, examples[:6], examples[6:], list("abcdef"), reference, 3, variant("dpo", batch=6), 2, 0, NoWatch(),
+            lambda m, s: None, "x",
+        )  # fmt: skip

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
-from rlhf_vs_dpo.losses.dpo import dpo, ln_dpo
+from rlhf_vs_dpo.losses.dpo import cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.gae import gae, token_rewards, whiten
+from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient, policy_loss, value_loss
+from rlhf_vs_dpo.losses.reinforce import leave_one_out, policy_gradient_loss
 from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.losses.simpo import simpo
+from rlhf_vs_dpo.losses.trpo import conjugate_gradient, kl_divergence, surrogate
 
 
 def t(*values: float) -> Tensor:
@@ -227,3 +230,84 @@ def test_adaptive_kl_coefficient():
     assert next_kl_coefficient(0.1, 12.0, 6.0, 10000, 128) == pytest.approx(0.100256)
     assert next_kl_coefficient(0.1, 6.6, 6.0, 10000, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert next_kl_coefficient(0.1, 0.0, 6.0, 10000, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+# ---- cDPO and IPO ----------------------------------------------------------------------------------------------------
+
+
+def test_cdpo_by_hand_and_its_gradient():
+    # h_w = 1, h_l = -1, beta 0.5: s = 1; eps 0.2: 0.8 * 0.3132617 + 0.2 * 1.3132617
+    chosen, rejected = leaf(-1.0), leaf(-4.0)
+    result = cdpo(chosen, rejected, t(-2.0), t(-3.0), beta=0.5, label_smoothing=0.2)
+    assert result.loss.item() == pytest.approx(0.8 * 0.3132617 + 0.2 * 1.3132617)
+    result.loss.sum().backward()
+    slope = 0.5 * (0.8 * -sigmoid(-1.0) + 0.2 * sigmoid(1.0))
+    assert chosen.grad.item() == pytest.approx(slope) and rejected.grad.item() == pytest.approx(-slope)
+    assert (result.chosen_reward.item(), result.rejected_reward.item()) == (0.5, -0.5)
+
+
+def test_cdpo_without_smoothing_is_dpo_and_has_a_minimum_with_it():
+    args = (t(-1.0, -2.0), t(-4.0, -1.0), t(-2.0, -2.5), t(-3.0, -1.0))
+    assert torch.equal(cdpo(*args, beta=0.3, label_smoothing=0.0).loss, dpo(*args, beta=0.3).loss)
+    margin = math.log(0.9 / 0.1) / 0.3  # sigmoid(beta * margin) = 1 - eps
+    chosen = leaf(margin)
+    cdpo(chosen, t(0.0), t(0.0), t(0.0), beta=0.3, label_smoothing=0.1).loss.sum().backward()
+    assert chosen.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_ipo_by_hand_and_its_gradient():
+    # h_w = 1, h_l = -1, tau 0.5: (2 - 1)^2; d/dh_w = 2 (2 - 1)
+    chosen, rejected = leaf(-1.0), leaf(-4.0)
+    result = ipo(chosen, rejected, t(-2.0), t(-3.0), tau=0.5)
+    assert result.loss.item() == pytest.approx(1.0)
+    result.loss.sum().backward()
+    assert (chosen.grad.item(), rejected.grad.item()) == (pytest.approx(2.0), pytest.approx(-2.0))
+    assert (result.chosen_reward.item(), result.rejected_reward.item()) == (0.5, -0.5)
+    assert ipo(t(0.0), t(0.0), t(0.0), t(0.0), tau=0.1).loss.item() == pytest.approx(25.0)  # 1 / (4 tau^2)
+
+
+# ---- the policy gradient, and the trust region -----------------------------------------------------------------------
+
+
+def test_leaving_one_out_by_hand():
+    assert leave_one_out(t(1.0, 2.0, 6.0)[None])[0].tolist() == pytest.approx([-3.0, -1.5, 4.5])
+    rewards = torch.randn(5, 4, dtype=torch.float64)
+    assert leave_one_out(rewards).sum(-1).abs().max() < 1e-12
+    assert torch.allclose(leave_one_out(rewards + 7.0), leave_one_out(rewards))
+
+
+def test_the_policy_gradient_is_minus_advantage_times_the_score_function():
+    logp = leaf(-1.0, -2.0)
+    policy_gradient_loss(logp, t(3.0, -0.5)).sum().backward()
+    assert logp.grad.tolist() == [-3.0, 0.5]
+
+
+def test_the_surrogate_starts_at_the_advantage_with_the_policy_gradient():
+    logp = leaf(-1.0, -2.0)
+    value = surrogate(logp, logp.detach(), t(2.0, -1.0))
+    assert value.tolist() == pytest.approx([2.0, -1.0])
+    value.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([2.0, -1.0])
+    assert surrogate(t(math.log(0.6)), t(math.log(0.3)), t(-1.0)).item() == pytest.approx(-2.0)
+
+
+def test_kl_between_states_by_hand_and_its_curvature_is_the_fisher_matrix():
+    old, new = t(0.5, 0.5).log()[None], t(0.25, 0.75).log()[None]
+    assert kl_divergence(old, new).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    logits = torch.randn(4, dtype=torch.float64)
+    p = logits.softmax(-1)
+    hessian = torch.autograd.functional.hessian(
+        lambda z: kl_divergence(logits.log_softmax(-1)[None], z.log_softmax(-1)[None]).sum(), logits
+    )
+    assert torch.allclose(hessian, torch.diag(p) - torch.outer(p, p), atol=1e-12)
+
+
+def test_conjugate_gradient_solves():
+    torch.manual_seed(0)
+    half = torch.randn(6, 6, dtype=torch.float64)
+    matrix, target = half @ half.T + torch.eye(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    solution = conjugate_gradient(lambda v: matrix @ v, target, 6)
+    assert torch.allclose(matrix @ solution, target, atol=1e-8)
+    rough = conjugate_gradient(lambda v: matrix @ v, target, 2)
+    assert 1e-6 < (matrix @ rough - target).norm() < target.norm()
+    assert conjugate_gradient(lambda v: matrix @ v, torch.zeros(6, dtype=torch.float64), 6).norm() == 0

@@ -18,6 +18,19 @@ from rlhf_vs_dpo.evaluation.measure import METRICS
 
 pytestmark = pytest.mark.pipeline
 BIN = Path(sys.executable).parent
+POLICIES = [
+    "rloo",
+    "trpo",
+    "ppo",
+    "ppo_ptx",
+    "dpo",
+    "simpo",
+    "dpo_online",
+    "control_tokens",
+    "rm_filtered",
+    "expert_iteration",
+]
+STAGES = 11 + 2 * len(POLICIES)  # each policy is trained and sampled
 ENV = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -35,7 +48,9 @@ def copy_project(to: Path, profile: str) -> Path:
         )
     else:
         for name in filter(None, names):
-            if (ROOT / name).exists() and not name.startswith(("metrics/", "curves/", "report/", "dvc.lock")):
+            if (ROOT / name).exists() and not name.startswith(
+                ("metrics/", "curves/", "report/", "theory/", "dvc.lock")
+            ):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, to / name)
     shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
@@ -85,7 +100,7 @@ def smoke(tmp_path_factory):
 
 def test_everything_ran_and_a_second_time_nothing_does(smoke):
     folder, first = smoke
-    assert len(ran(first)) == 19
+    assert len(ran(first)) == STAGES
     assert ran(run(folder, "dvc", "repro")) == []
     assert "up to date" in run(folder, "dvc", "status")
 
@@ -93,13 +108,82 @@ def test_everything_ran_and_a_second_time_nothing_does(smoke):
 def test_evaluation_holds_every_policy_and_metric(smoke):
     folder, _ = smoke
     evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
-    assert list(evaluation) == ["sft", "ppo", "ppo_ptx", "dpo", "ln_dpo", "simpo"]
-    for entry in evaluation.values():
+    rows = ["sft", *POLICIES, "best_of_4"]
+    rows.insert(rows.index("control_tokens") + 1, "control_tokens [BAD]")
+    assert list(evaluation) == rows
+    for name, entry in evaluation.items():
         assert set(METRICS) <= entry.keys()
         for metric in METRICS:
             assert entry[metric].keys() == {"mean", "low", "high"}
+            if entry[metric]["mean"] is None:
+                assert metric == "pair_accuracy" or name == "best_of_4"
+                continue
             assert entry[metric]["low"] <= entry[metric]["mean"] <= entry[metric]["high"]
+    assert [name for name, entry in evaluation.items() if entry["pair_accuracy"]["mean"] is not None] == [
+        "dpo", "simpo", "dpo_online",
+    ]  # fmt: skip
+    sampled, tokens = (evaluation["best_of_4"][m]["mean"] for m in ("sampled_tokens", "tokens"))
+    assert sampled > 2 * tokens and evaluation["dpo"]["sampled_tokens"] == evaluation["dpo"]["tokens"]
     assert evaluation["sft"]["kl"]["mean"] == 0.0 and evaluation["sft"]["win_rate_vs_sft"]["mean"] == 0.5
+
+
+def test_best_of_n_over_n_and_the_bounds(smoke):
+    folder, _ = smoke
+    curve = pd.read_csv(folder / "metrics" / "best_of_n.csv")
+    assert curve["n"].tolist() == [1, 2, 4, 8, 16]
+    assert curve["reward"].is_monotonic_increasing and curve["kl"].iloc[0] == pytest.approx(0.0, abs=1e-6)
+    bounds = json.loads((folder / "metrics" / "bounds.json").read_text())
+    named = {name.split(":")[0] for name in bounds}
+    assert {"control_tokens", "rm_filtered", "expert_iteration", "best_of_4", "best of 16 (curve)"} <= named
+    for name, entry in bounds.items():
+        assert entry["slack"] == pytest.approx(entry["bound"] - entry["mean"], abs=1e-5), name
+        assert entry["holds"] == (entry["low"] <= entry["bound"])
+    pool = schemas.read_table(folder / "data" / "pool.parquet", "pool")
+    assert pool.groupby("split").size().to_dict() == {"test": 2 * 16 + 6 * 4, "train": 16 * 4}
+    assert pool["reward"].isna().equals(~pool["finished"])
+
+
+def test_the_policy_folder_says_how_it_is_prompted(smoke):
+    """`sample` knows nothing of control tokens; what it was told stands in the folder, and users find it there too."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder, _ = smoke
+    place = folder / "models" / "control_tokens-0"
+    assert AutoConfig.from_pretrained(place).prompt_suffixes == ["[GOOD]", "[BAD]"]
+    tokens = AutoTokenizer.from_pretrained(place).convert_tokens_to_ids(["[GOOD]", "[BAD]"])
+    assert GenerationConfig.from_pretrained(place).suppress_tokens == tokens
+    samples = schemas.read_table(folder / "samples" / "control_tokens-0.parquet", "samples")
+    assert samples.groupby("suffix").size().to_dict() == {"[BAD]": 16, "[GOOD]": 16}
+    assert not samples["response"].str.contains("GOOD|BAD", regex=True).any()
+    others = schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")
+    assert set(others["suffix"]) == {""}
+
+
+def test_trpo_steps_stay_in_the_trust_region(smoke):
+    folder, _ = smoke
+    curve = pd.read_csv(folder / "curves" / "trpo-0.csv")
+    assert (curve["update/kl_old_new"] <= curve["update/kl_bound"]).all() and (curve["update/kl_bound"] <= 0.02).all()
+    assert {"update/backtracks", "update/rejected", "update/surrogate_gain"} <= set(curve.columns)
+
+
+def test_theory_is_measured(smoke):
+    folder, _ = smoke
+    theory = json.loads((folder / "metrics" / "theory.json").read_text())
+    assert {"reinforce", "rloo", "trpo", "ppo", "dpo", "chosen_sft", "control_tokens"} <= theory["tabular"].keys()
+    assert {"ppo", "dpo"} <= theory["transformer"].keys() and theory["ppo_ptx_with_gamma_0_is_ppo"] is True
+    assert max(theory["identities"].values()) < 1e-5 and min(b["slack"] for b in theory["bounds"].values()) >= 0
+    assert (folder / "theory" / "curves.png").stat().st_size > 1000
+
+
+def test_online_rounds_sample_new_pairs(smoke):
+    folder, _ = smoke
+    online = json.loads((folder / "runs" / "dpo_online-0.json").read_text())
+    offline = json.loads((folder / "runs" / "dpo-0.json").read_text())
+    assert online["tokens_generated"] > 0 == offline["tokens_generated"]
+    curve = pd.read_csv(folder / "curves" / "dpo_online-0.csv")
+    assert curve["step"].is_monotonic_increasing and curve["step"].is_unique
+    heldout = schemas.read_table(folder / "heldout" / "dpo_online-0.parquet", "heldout")
+    assert heldout.groupby("step").size().nunique() == 1
 
 
 def test_no_prompt_of_test_reached_training(smoke):
@@ -110,7 +194,11 @@ def test_no_prompt_of_test_reached_training(smoke):
     assert test and not test & set(pairs["prompt_id"])
     demonstrations = schemas.read_table(folder / "data" / "demonstrations.parquet", "demonstrations")
     assert not test & set(demonstrations.loc[demonstrations["split"] != "test", "prompt_id"])
-    for path in (folder / "heldout").glob("*.parquet"):
+    pool = schemas.read_table(folder / "data" / "pool.parquet", "pool")
+    assert not test & set(pool.loc[pool["split"] == "train", "prompt_id"])
+    for path in (folder / "heldout").glob("*-pairs.parquet"):
+        assert not test & set(schemas.read_table(path, "pair_rewards")["prompt_id"])
+    for path in set((folder / "heldout").glob("*.parquet")) - set((folder / "heldout").glob("*-pairs.parquet")):
         assert not test & set(schemas.read_table(path, "heldout")["prompt_id"])
     assert set(schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")["prompt_id"]) <= test
 
@@ -129,7 +217,7 @@ def test_training_stages_read_nothing_of_test(smoke):
         "sft": f"--base=models/base --demonstrations={demonstrations}",
         "reward": f"--sft=models/sft --pairs=data/pairs.parquet --prompts={prompts} --demonstrations={demonstrations} "
         f"--world=data/world --demonstration-scores={out}/scores.parquet",
-        "rl": f"--method=ppo --reward=models/reward --corpus=data/corpus.parquet {cell[0]}",
+        "rl": f"--method=ppo --reward=models/reward --corpus=data/corpus.parquet --demonstrations={demonstrations} {cell[0]}",
     }
     for stage_name, options in commands.items():
         place = out / stage_name
@@ -189,7 +277,7 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
     reward = (
         f"{tables} --demonstrations=data/demonstrations.parquet --demonstration-scores={out}/s.parquet {ends('reward')}"
     )
-    simpo = f"--method=simpo --seed=0 --reference=none {tables} --heldout={out}/h.parquet {ends('simpo')}"
+    simpo = f"--method=simpo --seed=0 --reference=none {tables} --heldout={out}/h.parquet --pair-rewards={out}/p.parquet {ends('simpo')}"
     run(folder, sys.executable, "stages/reward.py", *reward.split(), **own_store(folder))
     run(folder, sys.executable, "stages/preference.py", *simpo.split(), **own_store(folder))
     (folder / "params.yaml").write_text(before)
@@ -233,7 +321,7 @@ def test_one_mlflow_run_per_stage_with_the_evaluation_on_it(smoke):
     folder, _ = smoke
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("rlhf-vs-dpo").experiment_id])
-    assert len(runs) == 19 and {entry.info.status for entry in runs} == {"FINISHED"}
+    assert len(runs) == STAGES and {entry.info.status for entry in runs} == {"FINISHED"}
     by_stage = {entry.data.tags["dvc.stage"]: entry for entry in runs}
     dpo = by_stage["preference@dpo-0"]
     assert dpo.info.run_id == json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
@@ -295,11 +383,11 @@ def test_editing_the_evaluation_retrains_nothing(smoke):
 def test_a_new_variant_becomes_a_row(smoke):
     folder, _ = smoke
     change(folder, "preference.dpo_b05", {"loss": "dpo", "beta": 0.5})
-    change(folder, "policies.preference", ["dpo", "ln_dpo", "simpo", "dpo_b05"])
+    change(folder, "policies.preference", ["dpo", "simpo", "dpo_online", "dpo_b05"])
     output = run(folder, "dvc", "repro")
     assert ran(output) == ["preference@dpo_b05-0", "sample_preference@dpo_b05-0", "evaluate", "report"]
     assert "dpo_b05" in json.loads((folder / "metrics" / "evaluation.json").read_text())
-    change(folder, "policies.preference", ["dpo", "ln_dpo", "simpo"])
+    change(folder, "policies.preference", ["dpo", "simpo", "dpo_online"])
 
 
 def stage(folder: Path, method: str, reference: str, out: str, expect: int | None = 0, **env: str) -> str:
@@ -307,7 +395,7 @@ def stage(folder: Path, method: str, reference: str, out: str, expect: int | Non
     return run(
         folder, sys.executable, "stages/preference.py", "--method", method, "--seed", "0", "--sft", "models/sft",
         "--pairs", "data/pairs.parquet", "--reference", reference, "--prompts", "data/prompts.parquet", "--world", "data/world",
-        "--out", f"{out}/model", "--heldout", f"{out}/heldout.parquet", "--metrics", f"{out}/metrics.json",
+        "--out", f"{out}/model", "--heldout", f"{out}/heldout.parquet", "--pair-rewards", f"{out}/pairs.parquet", "--metrics", f"{out}/metrics.json",
         "--curves", f"{out}/curves.csv", "--run", f"{out}/run.json", expect=expect, **own_store(folder), **env,
     )  # fmt: skip
 
@@ -334,18 +422,19 @@ def test_two_processes_train_the_same_policy(smoke):
     assert apart < 0.02 * moved
 
 
-def test_two_processes_reinforce_the_same_policy(smoke):
-    """PPO-ptx with two minibatches: episodes, whitening and minibatches are global."""
+@pytest.mark.parametrize("method", ["ppo_ptx", "trpo", "rloo"])
+def test_two_processes_reinforce_the_same_policy(smoke, method):
+    """With two minibatches: episodes, groups, whitening, minibatches, Fisher products and line search are global."""
     from safetensors.torch import load_file
 
     folder, _ = smoke
     before = (folder / "params.yaml").read_text()
     change(folder, "rl.defaults.minibatches", 2)
     for processes in ("1", "2"):
-        out = f"by-hand/rl-{processes}"
+        out = f"by-hand/{method}-{processes}"
         options = (
-            "--method=ppo_ptx --seed=0 --sft=models/sft --reward=models/reward --prompts=data/prompts.parquet "
-            "--corpus=data/corpus.parquet --world=data/world "
+            f"--method={method} --seed=0 --sft=models/sft --reward=models/reward --prompts=data/prompts.parquet "
+            "--demonstrations=data/demonstrations.parquet --corpus=data/corpus.parquet --world=data/world "
             f"--out={out}/model --heldout={out}/h.parquet --metrics={out}/m.json --curves={out}/c.csv --run={out}/r.json"
         )
         run(
@@ -358,7 +447,7 @@ def test_two_processes_reinforce_the_same_policy(smoke):
             OMP_NUM_THREADS="1",
         )
     (folder / "params.yaml").write_text(before)
-    one, two = (load_file(folder / "by-hand" / f"rl-{n}" / "model" / "model.safetensors") for n in (1, 2))
+    one, two = (load_file(folder / "by-hand" / f"{method}-{n}" / "model" / "model.safetensors") for n in (1, 2))
     start = load_file(folder / "models" / "sft" / "model.safetensors")
     moved = max(float((one[key] - start[key]).abs().max()) for key in one)
     apart = max(float((one[key] - two[key]).abs().max()) for key in one)
@@ -477,13 +566,21 @@ def test_own_preferences_go_through_the_whole_graph(form, tmp_path):
     change(folder, "data.files.preferences", "mine.jsonl")
     change(folder, "data.files.splits", {"validation": 0.2, "test": 0.2, "limit": None})
     change(folder, "preferences.source", "dataset")
-    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"]})
+    more = form == "implicit"  # methods that imitate, too
+    imitation = ["chosen_sft", "best_of_n"] if more else []
+    change(
+        folder,
+        "policies",
+        {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2] if more else []},
+    )
     change(folder, "seeds", [0, 1] if form == "explicit" else [0])
     config.check(config.read_params(folder / "params.yaml"))
     run(folder, "dvc", "repro")
     evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
     assert list(evaluation) == (
-        ["sft", "ppo-0", "ppo-1", "dpo-0", "dpo-1"] if form == "explicit" else ["sft", "ppo", "dpo"]
+        ["sft", "ppo-0", "ppo-1", "dpo-0", "dpo-1"]
+        if form == "explicit"
+        else ["sft", "ppo", "dpo", *(["chosen_sft", "best_of_n", "best_of_2"] if more else [])]
     )
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()

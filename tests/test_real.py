@@ -89,9 +89,10 @@ def test_the_whole_graph_on_real_reviews(gguf, tmp_path):
     shutil.copy2(gguf, folder / "data" / "own" / "smollm2")
     run(folder, "dvc", "repro")
     evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
-    assert list(evaluation) == ["sft", "ppo", "ppo_ptx", "dpo", "ln_dpo", "simpo"]
-    for entry in evaluation.values():
-        assert entry["gold"]["mean"] is not None and entry["corpus_perplexity"]["mean"] > 1
+    trained = ["rloo", "trpo", "ppo_ptx", "dpo", "simpo", "dpo_online", "control_tokens", "control_tokens [BAD]"]
+    assert list(evaluation) == ["sft", *trained, "expert_iteration", "best_of_2"]
+    for name, entry in evaluation.items():
+        assert entry["gold"]["mean"] is not None and (name == "best_of_2" or entry["corpus_perplexity"]["mean"] > 1)
         assert entry["fact_recall"]["mean"] is None and entry["filler"]["mean"] is None
     assert json.loads((folder / "metrics" / "data.json").read_text())["classifier_accuracy"] > 0.75
     samples = pd.read_parquet(folder / "samples" / "dpo-0.parquet")

@@ -181,7 +181,7 @@ class Sampling(Section):
 
 
 class Monitor(Section):
-    """Held-out sampling during rl and preference training."""
+    """Held-out sampling while rl, preference and imitation methods train."""
 
     points: Count
     prompts: Count
@@ -391,7 +391,7 @@ class Theory(Section):
     pairs: Annotated[int, Field(ge=64)]
     pair_steps: Count
     transformer_iterations: Count
-    law_outcomes: Annotated[int, Field(ge=2, le=5000)]
+    law_outcomes: Annotated[int, Field(ge=50, le=5000)]
 
 
 class Report(Section):
@@ -539,10 +539,12 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
         if len(set(listed.get(family, []))) < len(listed.get(family, [])):
             faults.append(f"{place}: `policies.{family}` lists a method twice")
     everywhere = [name for names in listed.values() for name in names]
+    if policies and not everywhere:
+        faults.append(f"{place}: `policies` lists no method of any family; there is nothing to compare")
     twice = {name for name in everywhere if everywhere.count(name) > 1}
     faults += [f"{place}: {name!r} is listed under several families of `policies`" for name in sorted(twice)]
     rows = {f"best_of_{n}" for n in policies.best_of_n} if policies else set()
-    taken = {"sft", "base", "reward", *rows} & set(everywhere)
+    taken = {"sft", "base", "reward", "preferences", "reference", "pool", "theory", *rows} & set(everywhere)
     faults += [f"{place}: `policies` lists {name}; that name is taken, choose another" for name in sorted(taken)]
     if policies and len(set(policies.best_of_n)) < len(policies.best_of_n):
         faults.append(f"{place}: `policies.best_of_n` lists a number twice")

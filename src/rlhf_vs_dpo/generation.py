@@ -107,6 +107,15 @@ def generate_together(
     return Responses([Tokens(prompt, response) for prompt, response, _ in whole], [ended for _, _, ended in whole])
 
 
+def from_main(values: list[float]) -> list[float]:
+    """What the first process measured, on all: a choice by them must be the same everywhere, to the last bit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shared = [values]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        return shared[0]
+    return values
+
+
 def _generate_batch(
     model: nn.Module, tokenizer, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling
 ) -> list[list[int]]:

@@ -210,18 +210,16 @@ def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
 
     Their embeddings start at the mean of all others, so that they mean nothing until they are trained.
     """
-    old = model.get_input_embeddings().weight.detach()
-    mean = old[: len(tokenizer)].mean(0)
     known = len(tokenizer)
     tokenizer.add_tokens(tokens, special_tokens=True)
     if len(tokenizer) != known + len(tokens):
         raise ModelError(f"the tokenizer has one of {', '.join(tokens)} already, with a meaning of its own")
-    if len(tokenizer) > len(old):
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     with torch.no_grad():
         for weights in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            weights[ids] = mean
+            weights[ids] = weights[:known].mean(0)
     model.config.prompt_suffixes = tokens
     model.generation_config.suppress_tokens = ids
 

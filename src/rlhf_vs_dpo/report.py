@@ -305,7 +305,8 @@ def write(
         f"(± {1.96 * reward_quality['accuracy_standard_error']:.1%}); `pairs` says the same of a policy's implicit reward.",
         *(f"![{caption}]({path.name})\n\n*{caption}.*" for caption, path in drawn.items()),
         "## What theory allows",
-        "A choice between two samples of the SFT policy, by whatever judge, is at most as selective as best-of-2; best-of-n has "
+        "A choice between two samples of the SFT policy, by whatever judge, is at most as selective as best-of-2 (pairs of equal "
+        "responses are left out of the data, which the bound does not know); best-of-n has "
         "KL at most log n − (n−1)/n and wins at most n/(n+1) of comparisons ([docs/from-rlhf-to-dpo.md](../docs/from-rlhf-to-dpo.md)).",
         bounds_table(bounds),
         "## Side by side",

@@ -8,12 +8,12 @@ so that sum_i w_i f_(i) is the unbiased, lowest-variance estimate of E[f(best of
 Chen et al. 2021, arXiv:2107.03374, and for best-of-n by Nakano et al. 2021, arXiv:2112.09332, appendix I).
 
 The law of the best of n gives y the probability F(y)^n - F_-(y)^n, where F(y) is the probability that a sample of ref
-scores no higher than y and F_-(y) = F(y) - ref(y) that it scores lower. Hence
+scores no higher than y and F_-(y) that it scores lower. Hence
 
     KL(best of n || ref) = E[ log( (F^n - F_-^n) / ref(y) ) ]  <=  log n - (n-1)/n
 
-with equality where no response has weight of its own (Beirami et al. 2024, arXiv:2401.01879). ref(y) is known exactly; F_-
-is estimated from the ranks of the *other* responses, such that log F_- is unbiased in the continuous case (digamma), where
+with equality where no response has weight of its own (Beirami et al. 2024, arXiv:2401.01879). Responses of equal reward share
+a level, whose weight takes the place of ref(y). It is known exactly; F_- is estimated from the ranks of the others, such that log F_- is unbiased in the continuous case (digamma), where
 the estimate is the bound itself. For a best response with weight of its own it is low by at most n/N nats.
 """
 
@@ -46,15 +46,24 @@ def tied_weights(rewards: np.ndarray, n: int) -> np.ndarray:
 
 
 def log_ratio(rewards: np.ndarray, logp: np.ndarray, responses: np.ndarray, n: int) -> np.ndarray:
-    """log( P(best of n is y) / ref(y) ) of each sample of one prompt, estimated as above; 0 for n = 1."""
+    """log( P(best of n is y) / ref(y) ) of each sample of one prompt, estimated as above; 0 for n = 1.
+
+    Responses of one reward share a level, and the ratio. Those that never ended (NaN) are the lowest: there are more of
+    them than were sampled, so that the weight of their level is their share.
+    """
     ranked = np.nan_to_num(rewards, nan=-np.inf)
-    lower = np.searchsorted(np.sort(ranked), ranked, side="left")  # samples that score lower
-    _, which, count = np.unique(responses, return_inverse=True, return_counts=True)
-    others = len(ranked) - count[which]  # samples that say something else
-    p = np.exp(np.minimum(logp, -1e-12))
-    below = (1 - p) * np.exp(digamma(lower + 1) - digamma(others + 2))
-    whole = below + p
-    return n * np.log(whole) + np.log(-np.expm1(n * np.log1p(-p / whole))) - np.log(p)
+    levels, level, count = np.unique(ranked, return_inverse=True, return_counts=True)
+    _, first = np.unique(responses, return_index=True)  # each response once
+    mass = np.bincount(level[first], weights=np.exp(np.minimum(logp[first], -1e-12)), minlength=len(levels))
+    mass = np.where(np.isfinite(levels), np.clip(mass, 1e-300, 1 - 1e-12), count / len(ranked))
+    lower = np.cumsum(count) - count  # samples that score lower
+    others = len(ranked) - count  # samples of other levels
+    below = (1 - mass) * np.exp(digamma(lower + 1) - digamma(others + 2))
+    below = np.where(np.isfinite(levels), below, 0.0)
+    whole = below + mass
+    with np.errstate(divide="ignore"):  # the lowest level: log1p(-1)
+        gained = n * np.log(whole) + np.log(-np.expm1(n * np.log1p(-np.minimum(mass / whole, 1.0))))
+    return (gained - np.log(mass))[level]
 
 
 def as_samples(pool: pd.DataFrame, n: int) -> pd.DataFrame:

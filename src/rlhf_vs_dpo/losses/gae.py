@@ -13,7 +13,7 @@ Schulman et al. 2016, "High-dimensional continuous control using generalized adv
 
 Where we differ from "The N+ implementation details" (arXiv:2403.17031): r is paid at EOS, not one position after it, so
 that the value of the state after EOS never enters. Where a response never ended the caller replaces r, see
-`training/policy_gradient.py`.
+`training/rollouts.py`.
 """
 
 import torch

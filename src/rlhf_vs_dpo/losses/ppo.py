@@ -13,7 +13,7 @@ which is the clipping of OpenAI's code (baselines/ppo2), not of the paper.
 PPO-ptx (Ouyang et al. 2022, InstructGPT, arXiv:2203.02155, eq. 2) adds gamma * E_pretrain[ log pi(x) ] to the objective.
 Where we differ: both terms are means over tokens here, so that gamma is the weight of a token of text against a token of
 experience; InstructGPT's 27.8 belongs to its own loss scales. gamma is fixed, as in eq. 2, and the share of the gradient
-that it takes is logged (`ptx/gradient_share`), which is what to look at when choosing it.
+that it takes is logged (`update/ptx_gradient_share`), which is what to look at when choosing it.
 """
 
 import torch

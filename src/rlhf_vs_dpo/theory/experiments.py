@@ -1,4 +1,4 @@
-"""Every method on problems whose optimum is known, through the production losses and loops.
+"""Methods on problems whose optimum is known, through the production losses and loops.
 
 A run starts at the reference, and what is watched while it trains is the exact distance to the method's own optimum.
 """
@@ -192,7 +192,10 @@ def imitated(
 def study(
     settings: Theory, problems: list[Problem], seed: int, log: Callable[[str, str, list], None]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """All methods on both problems: {problem: {method: {total_variation, kl}}}; `log(problem, method, curve)`."""
+    """REINFORCE, RLOO, TRPO, PPO, DPO, chosen_sft and control_tokens on the table, PPO and DPO on the transformer.
+
+    Returns {problem: {method: {total_variation, kl}}}; calls `log(problem, method, curve)`.
+    """
     torch.manual_seed(seed)
     beta = settings.kl_coefficient
     results: dict[str, dict[str, dict[str, float]]] = {}

@@ -61,7 +61,8 @@ def table(theory: dict) -> str:
     lines += [
         "",
         f"Of {len(theory['identities'])} identities the worst is off by {worst[1]:.1e} ({worst[0]}); of "
-        f"{len(theory['bounds'])} bounds all hold, the tightest by {tight[1]['slack']:.1e} ({tight[0]}).",
+        f"{len(theory['bounds'])} bounds {sum(b['slack'] >= 0 for b in theory['bounds'].values())} hold, the tightest by "
+        f"{tight[1]['slack']:.1e} ({tight[0]}).",
     ]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@
     ppo        GAE, from a value network                           some epochs of steps on the clipped surrogate (+ ptx)
 
 `ATTEMPTS` is that table as code. The first is cheap and has no brake; the second brakes by a constraint, for which it
-needs second derivatives; the third imitates the brake by clipping, at the price of the first (seed notes, section 5.1).
+needs second derivatives; the third imitates the brake by clipping, at the price of the first.
 """
 
 import copy
@@ -92,10 +92,11 @@ def policy_gradient_step(learner: Learner, episodes: Episodes) -> dict[str, floa
         logp = learner.actor.module(group.batch).logp[group.batch.response_mask]
         return policy_gradient_loss(logp, group.of(episodes.advantages)).sum()
 
+    rate = learner.actor.learning_rate
     value = learner.actor.accumulate(micro, loss, learner.settings.episodes)
     norm = learner.actor.step(value, episodes.names)
     _count(learner, episodes, everything)
-    return {"policy_loss": value, "policy_gradient_norm": norm, "learning_rate": learner.actor.learning_rate}
+    return {"policy_loss": value, "policy_gradient_norm": norm, "learning_rate": rate}
 
 
 # ---- attempt 2: a trust region ---------------------------------------------------------------------------------------
@@ -107,12 +108,11 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
     (losses/trpo.py.) Then the value network learns for some epochs. In float32 throughout: the constraint is finer than
     bf16. Gradients are summed over processes by hand, for they are wanted as vectors.
     """
-    everything = list(range(len(episodes.tokens)))
     metrics = _trust_region(learner, episodes) if learner.train_policy else {}
     averages = Averages()
     for part in _minibatches(learner, episodes):
         averages.add(_fit_values(learner, episodes, _micro(learner, episodes, part), part))
-    _count(learner, episodes, everything)
+        _count(learner, episodes, part)
     return metrics | averages.read()
 
 
@@ -125,7 +125,7 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
     units = _tokens(learner, episodes, range(len(episodes.tokens)))
     # Prompts come in random order, so that the first of the global batch are as good as any others.
     few = [i for i, place in enumerate(episodes.places) if place < math.ceil(settings.fisher_share * settings.episodes)]
-    fisher_micro = _micro(learner, episodes, few) if few else []
+    fisher_micro = _micro(learner, episodes, few)  # none on a process that holds none of them
     fisher_units = _tokens(learner, episodes, few)
 
     def gradient() -> Tensor:
@@ -169,6 +169,9 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
         return gain, kl
 
     g = gradient()
+    _count(learner, episodes, range(len(episodes.tokens)))
+    for _ in range(settings.cg_steps):  # a product is a backward pass through the graph of these episodes
+        _count(learner, episodes, few)
     direction = conjugate_gradient(fisher_product, g, settings.cg_steps)
     curvature = float(direction @ fisher_product(direction))
     usable = math.isfinite(curvature) and curvature > 0
@@ -219,7 +222,7 @@ def clipped_steps(learner: Learner, episodes: Episodes) -> dict[str, float]:
                 )
             return policy_loss(logp, old, group.of(episodes.advantages), settings.clip).sum()
 
-        step: dict[str, float] = {}
+        step = {"learning_rate": actor.learning_rate}
         if learner.train_policy:
             value = actor.accumulate(micro, loss, units)
             if settings.ptx_coefficient > 0:
@@ -235,7 +238,7 @@ def clipped_steps(learner: Learner, episodes: Episodes) -> dict[str, float]:
             }
         averages.add(step | _fit_values(learner, episodes, micro, part))
         _count(learner, episodes, part)
-    return averages.read() | {"learning_rate": actor.learning_rate}
+    return averages.read()
 
 
 def accumulate_ptx(learner: Learner) -> dict[str, float]:

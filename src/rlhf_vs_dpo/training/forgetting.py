@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.logprobs import Policy, before
+from rlhf_vs_dpo.logprobs import Policy
 from rlhf_vs_dpo.models import context_of
 from rlhf_vs_dpo.text import Batch, Tokens, documents, encode_prompts
 from rlhf_vs_dpo.training.forward import log_likelihoods, measure
@@ -44,5 +44,5 @@ class Greedy(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         mask = batch.response_mask
-        right = self.policy.project(self.policy.hidden(batch)[before(mask)]).argmax(-1) == batch.input_ids[mask]
+        right = self.policy.distributions(batch).argmax(-1) == batch.input_ids[mask]
         return torch.ones_like(mask).masked_scatter(mask, right).all(-1)

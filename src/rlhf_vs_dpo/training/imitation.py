@@ -1,6 +1,6 @@
 """Four ways to do without reinforcement learning: supervised fine-tuning on texts that somebody or something liked.
 
-(CS336 notes, section 5.2.) What the policy converges to, where all responses come from ref (tests and `theory` hold it):
+What the policy converges to, where both responses of a pair come from ref, equal ones among them, and samples are many:
 
     chosen_sft       SFT on the chosen responses                       pi = 2 ref(y) E_{y' ~ ref} sigmoid(r - r')
     control_tokens   SFT on [GOOD] + chosen and [BAD] + rejected       the same, prompted by [GOOD]
@@ -9,6 +9,10 @@
 
 Sources: Binary FeedME and reward conditioning in Dubois et al. 2023, arXiv:2305.14387; Lu et al. 2022 (Quark),
 arXiv:2205.13636; expert iteration: Anthony et al. 2017, arXiv:1705.08439; best-of-n: Stiennon et al. 2020, arXiv:2009.01325.
+
+Where we differ: pairs of equal responses are not stored, for a preference between them says nothing, so that chosen_sft
+learns the law of the chosen one of two *different* responses (`metrics/preferences.json` has the share left out); and the
+best share of N samples has a threshold that is itself a sample.
 """
 
 from typing import NamedTuple
@@ -18,7 +22,7 @@ from torch import nn
 
 from rlhf_vs_dpo.config import Imitation, Sampling
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.generation import generate_together
+from rlhf_vs_dpo.generation import from_main, generate_together
 from rlhf_vs_dpo.models import Scorer
 from rlhf_vs_dpo.text import Tokens, encode, encode_prompts
 from rlhf_vs_dpo.training.forward import scores
@@ -51,9 +55,9 @@ def from_pool(settings: Imitation, pool: pd.DataFrame, prompts: dict[str, list[i
 
     Responses that never ended have no score and are never kept. Raises DataError where nothing is left.
     """
-    kept = above_threshold(pool, settings.share) if settings.recipe == "rm_filtered" else best_of_each(pool, settings.n)
-    if not len(kept):
+    if not pool["finished"].any():
         raise DataError(f"the pool holds nothing to imitate: none of its {len(pool)} responses ended")
+    kept = above_threshold(pool, settings.share) if settings.recipe == "rm_filtered" else best_of_each(pool, settings.n)
     rows = kept.itertuples()
     return Examples(
         [Tokens(prompts[row.prompt_id], list(row.response_ids)) for row in rows],
@@ -96,7 +100,7 @@ def draw_pool(
             "sample": numbers,
             "response_ids": [tokens.response for tokens in drawn.tokens],
             "finished": drawn.finished,
-            "reward": scores(reward, drawn.tokens, tokenizer.pad_token_id),
+            "reward": from_main(scores(reward, drawn.tokens, tokenizer.pad_token_id)),
         }
     )
     return table, sum(len(tokens.response) for tokens in drawn.tokens)

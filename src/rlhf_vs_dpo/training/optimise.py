@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ def scheduled(kind: str, step: int, steps: int, warmup: float) -> float:
         return (step + 1) / (rise + 1)
     left = (steps - step) / max(steps - rise, 1)  # 1 at the end of the warm-up, 0 at the end
     return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[kind]
+
+
+def round_seed(seed: int, number: int) -> int:
+    """Seed of what is sampled in a later round: another for each cell and each round, and no other stage's."""
+    return int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0])
 
 
 class Optimiser:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rlhf_vs_dpo.config import Rl, Sampling
+from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.logprobs import Policy
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.models import Scorer, autocast, context_of, freeze, last, token_budget
@@ -60,6 +61,10 @@ def train(
     attempt = ATTEMPTS[settings.algorithm]
     learner = new_learner(policy, reward, corpus, settings, tokenizer.pad_token_id, seed)
     accelerate = learner.accelerate
+    if settings.episodes < accelerate.num_processes:
+        raise TrainingError(
+            f"{settings.episodes} episodes cannot be divided among {accelerate.num_processes} processes; raise `episodes`"
+        )
     criticising = learner.critic.module if learner.critic else None
     freeze(reward)
     freeze(reference)

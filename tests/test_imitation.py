@@ -1,0 +1,253 @@
+"""The ways to do without reinforcement learning: what each keeps, how it is prompted, and pairs sampled anew."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small_model
+
+from rlhf_vs_dpo import config, labelling, models, text
+from rlhf_vs_dpo.config import Annotator, Monitor, Sampling
+from rlhf_vs_dpo.errors import DataError, ModelError
+from rlhf_vs_dpo.generation import generate, generate_together
+from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.text import Tokens, word_tokenizer
+from rlhf_vs_dpo.training import imitation, monitor, supervised
+from rlhf_vs_dpo.training.forward import log_likelihoods, measure
+
+PARAMS = config.Path(__file__).parents[1] / "profiles" / "default.yaml"
+
+
+def recipe(name, **changes):
+    params = config.read_params(PARAMS)
+    params["imitation"][name] |= changes
+    return config.section(params, "imitation", name)
+
+
+@pytest.fixture
+def own_tokenizer():
+    """One that may be changed."""
+    return word_tokenizer(["the", "cat", "dog", "sat", "ran", "."])
+
+
+def pool():
+    """Two prompts, six samples each; one response of `a` never ended, though it would score highest."""
+    return pd.DataFrame(
+        {
+            "prompt_id": ["a"] * 6 + ["b"] * 6,
+            "sample": [*range(6)] * 2,
+            "response_ids": [[i, 1] for i in range(12)],
+            "finished": [True, True, False, True, True, True] + [True] * 6,
+            "reward": [0.1, 0.5, np.nan, 0.3, 0.2, 0.4, 9.0, 8.0, 7.0, 6.0, 5.0, 9.5],
+        }
+    )
+
+
+def kept(settings):
+    examples = imitation.from_pool(settings, pool(), {"a": [100], "b": [200]})
+    assert all(t.prompt == [100 if name[0] == "a" else 200] for t, name in zip(*examples, strict=True))
+    return examples.names
+
+
+def test_best_of_n_keeps_the_best_of_every_n_and_drops_what_is_left_over():
+    assert kept(recipe("best_of_n", n=3)) == ["a/1", "a/5", "b/0", "b/5"]
+    assert kept(recipe("best_of_n", n=4)) == ["a/1", "b/0"]
+    assert kept(recipe("best_of_n", n=6)) == ["a/1", "b/5"]
+    assert kept(recipe("best_of_n", n=2)) == ["a/1", "a/3", "a/5", "b/0", "b/2", "b/5"]
+
+
+def test_a_filter_keeps_its_share_of_each_prompt():
+    assert kept(recipe("rm_filtered", share=0.5)) == ["a/1", "a/3", "a/5", "b/0", "b/1", "b/5"]
+    assert kept(recipe("rm_filtered", share=0.01)) == ["a/1", "b/5"]  # one at least
+    assert len(kept(recipe("rm_filtered", share=1.0))) == 11  # all that ended
+
+
+def test_a_pool_without_an_end_is_refused():
+    endless = pool().assign(finished=False, reward=np.nan)
+    for name in ("best_of_n", "rm_filtered"):
+        with pytest.raises(DataError, match="nothing to imitate: none of its 12 responses ended"):
+            imitation.from_pool(recipe(name), endless, {"a": [1], "b": [2]})
+
+
+def pairs():
+    return pd.DataFrame(
+        {
+            "pair_id": ["x", "y"],
+            "prompt": ["the cat", "the dog"],
+            "chosen": ["sat .", "ran ."],
+            "rejected": ["ran", "sat"],
+        }
+    )
+
+
+def test_pairs_become_examples(own_tokenizer):
+    chosen = imitation.from_pairs("chosen_sft", pairs(), own_tokenizer, 32)
+    assert [own_tokenizer.decode(t.response) for t in chosen.tokens] == ["sat . <eos>", "ran . <eos>"]
+    models.add_control_tokens(small_model(own_tokenizer), own_tokenizer, ["[GOOD]", "[BAD]"])
+    controlled = imitation.from_pairs("control_tokens", pairs(), own_tokenizer, 32)
+    said = [own_tokenizer.decode([*t.prompt, *t.response]) for t in controlled.tokens]
+    assert said == [
+        "<bos> the cat [GOOD] sat . <eos>",
+        "<bos> the dog [GOOD] ran . <eos>",
+        "<bos> the cat [BAD] ran <eos>",
+        "<bos> the dog [BAD] sat <eos>",
+    ]
+
+
+# ---- control tokens --------------------------------------------------------------------------------------------------
+
+
+def test_control_tokens_change_nothing_until_they_are_trained_and_are_never_said(own_tokenizer):
+    model = small_model(own_tokenizer)
+    before, known = copy.deepcopy(model), len(own_tokenizer)
+    prompt = [own_tokenizer.bos_token_id, 4, 5]
+    example = [Tokens(prompt, [6, 7, own_tokenizer.eos_token_id])]
+    plain = log_likelihoods(Policy(before, 0.7), example, 3)
+    models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
+    assert len(own_tokenizer) == known + 2 == model.get_input_embeddings().num_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # still tied
+    assert log_likelihoods(Policy(model, 0.7), example, 3) == pytest.approx(plain, abs=1e-5)
+    good, bad = own_tokenizer.convert_tokens_to_ids(["[GOOD]", "[BAD]"])
+    rows = [[Tokens([*prompt, token], [6, 7, 1])] for token in (good, bad)]
+    assert log_likelihoods(Policy(model, 1.0), rows[0], 3) == log_likelihoods(Policy(model, 1.0), rows[1], 3)
+    with torch.no_grad():  # even a policy that wants nothing else
+        model.get_input_embeddings().weight[good] *= 100
+    sampling = Sampling(temperature=0.3, max_new_tokens=8)
+    drawn = generate(model, own_tokenizer, [prompt] * 50, [f"{i}" for i in range(50)], [0] * 50, sampling, 0)
+    assert not {good, bad} & {token for t in drawn.tokens for token in t.response}
+    entropies = measure(Policy(model, 1.0), drawn.tokens, 3, lambda out, batch: out.entropy.sum(-1).tolist())
+    assert np.isfinite(entropies).all()
+    assert np.isfinite(log_likelihoods(Policy(model, 1.0), drawn.tokens, 3)).all()
+
+
+def test_a_token_that_exists_is_no_control_token(own_tokenizer):
+    with pytest.raises(ModelError, match="has one of cat, dog already"):
+        models.add_control_tokens(small_model(own_tokenizer), own_tokenizer, ["cat", "dog"])
+
+
+def test_the_folder_says_how_it_is_prompted(own_tokenizer, tmp_path):
+    model = small_model(own_tokenizer)
+    assert models.prompt_suffixes(model) == [""]
+    models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
+    models.save(model, own_tokenizer, tmp_path / "policy")
+    again, tokenizer = models.load_policy(tmp_path / "policy")
+    assert models.prompt_suffixes(again) == ["[GOOD]", "[BAD]"]
+    good = tokenizer.convert_tokens_to_ids("[GOOD]")
+    assert text.encode_prompts(tokenizer, ["the cat"], "[GOOD]") == [[tokenizer.bos_token_id, 4, 5, good]]
+    assert again.generation_config.suppress_tokens == tokenizer.convert_tokens_to_ids(["[GOOD]", "[BAD]"])
+
+
+def test_training_behind_tokens_makes_them_mean_something(own_tokenizer):
+    """[GOOD] before `sat`, [BAD] before `ran`: a few steps tell them apart."""
+    model = small_model(own_tokenizer, scale=1.0)
+    models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
+    rows = pd.DataFrame({"pair_id": list("abcdefgh"), "prompt": "the cat", "chosen": "sat .", "rejected": "ran ."})
+    examples = imitation.from_pairs("control_tokens", rows, own_tokenizer, 32)
+    settings = supervised.as_training(recipe("control_tokens", batch=8, learning_rate=3e-3), 60)
+    supervised.likelihood(Policy(model, 1.0), *examples, 3, settings, 0, lambda m, s: None, "x")
+    good, bad = examples.tokens[0], examples.tokens[8]
+    swapped = [Tokens(good.prompt, bad.response), Tokens(bad.prompt, good.response)]
+    right = log_likelihoods(Policy(model, 1.0), [good, bad], 3)
+    assert min(right) > max(log_likelihoods(Policy(model, 1.0), swapped, 3)) + 2
+
+
+def test_what_is_watched_is_prompted_as_the_folder_says_and_scored_on_the_plain_prompt(own_tokenizer):
+    reference = small_model(own_tokenizer)
+    model = copy.deepcopy(reference)
+    models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-2] = model.get_input_embeddings().weight[6] * 2
+    prompts = pd.DataFrame({"prompt_id": ["p", "q"], "prompt": ["the cat", "the dog"], "facts": None})
+    sampling = Sampling(temperature=1.0, max_new_tokens=5)
+    watched = monitor.HeldOut(prompts, None, reference, own_tokenizer, Monitor(points=1, prompts=2), sampling, 0, 1)
+    watched.watch(model, 0, lambda m, s: None)
+    table = watched.table()
+    good = own_tokenizer.convert_tokens_to_ids("[GOOD]")
+    assert [list(ids) for ids in table["prompt_ids"]] == text.encode_prompts(own_tokenizer, list(prompts["prompt"]))
+    asked = [Tokens([*p, good], list(r)) for p, r in zip(table["prompt_ids"], table["response_ids"], strict=True)]
+    assert table["logp"].tolist() == pytest.approx(log_likelihoods(Policy(model, 1.0), asked, 3), abs=1e-5)
+    seen = [Tokens(list(p), list(r)) for p, r in zip(table["prompt_ids"], table["response_ids"], strict=True)]
+    assert table["reference_logp"].tolist() == pytest.approx(log_likelihoods(Policy(reference, 1.0), seen, 3), abs=1e-5)
+    watched.watch(model, 0, lambda m, s: None)  # the end of a round is the start of the next: sampled once
+    assert len(watched.table()) == 2
+
+
+# ---- sampling anew ---------------------------------------------------------------------------------------------------
+
+
+class Shorter:
+    """A gold reward that likes few words."""
+
+    def score(self, prompt, facts, response):
+        return {"gold": -float(len(response.split()))}
+
+    def has_filler(self, response):
+        return None
+
+
+def test_labelled_pairs_come_from_the_policy_and_follow_the_annotator(own_tokenizer):
+    model = small_model(own_tokenizer, scale=1.0)
+    prompts = pd.DataFrame(
+        {"prompt_id": [f"p{i}" for i in range(300)], "split": "train", "prompt": "the cat", "facts": None}
+    )
+    sampling = Sampling(temperature=1.0, max_new_tokens=12)
+    settings = Annotator(temperature=0.5, length_bias=0.0, filler_bias=0.0)
+    labelled = labelling.label(model, own_tokenizer, prompts, Shorter(), settings, sampling, 3, "x")
+    lengths = labelled.pairs[["chosen", "rejected"]].map(lambda said: len(said.split()))
+    assert (lengths["chosen"] <= lengths["rejected"]).mean() > 0.8
+    gap = (lengths["rejected"] - lengths["chosen"]).to_numpy() / 0.5
+    assert labelled.pairs["p_chosen"].tolist() == pytest.approx((1 / (1 + np.exp(-gap))).tolist())
+    assert (labelled.pairs["chosen"] != labelled.pairs["rejected"]).all()
+    assert labelled.summary["dropped_share"] == pytest.approx(1 - len(labelled.pairs) / 300)
+    again = labelling.label(model, own_tokenizer, prompts, Shorter(), settings, sampling, 4, "x")
+    assert not labelled.pairs["chosen"].equals(again.pairs["chosen"])  # another round, other samples
+
+
+def test_alone_a_process_generates_everything(own_tokenizer):
+    model = small_model(own_tokenizer)
+    sampling = Sampling(temperature=1.0, max_new_tokens=4)
+    asked = [[own_tokenizer.bos_token_id, 4 + i % 3] for i in range(9)]
+    args = (model, own_tokenizer, asked, [f"{i}" for i in range(9)], [0] * 9, sampling, 0)
+    assert generate_together(*args) == generate(*args)
+
+
+def test_equal_prompts_are_read_once_and_answered_apart(own_tokenizer):
+    """Many responses to few prompts are those that each prompt gets alone."""
+    model = small_model(own_tokenizer, scale=1.0)
+    sampling = Sampling(temperature=1.0, max_new_tokens=6)
+    asked = [[own_tokenizer.bos_token_id, *[4 + i % 2] * (1 + i % 2)] for i in range(40)]
+    names, samples = [f"{i % 2}" for i in range(40)], list(range(40))
+    together = generate(model, own_tokenizer, asked, names, samples, sampling, 0, rows=16)
+    for i in (0, 1, 17, 39):
+        alone = generate(model, own_tokenizer, asked[i : i + 1], names[i : i + 1], samples[i : i + 1], sampling, 0)
+        assert alone.tokens[0] == together.tokens[i]
+    assert len({tuple(t.response) for t in together.tokens}) > 10
+
+
+def test_a_pool_of_a_round_is_scored_by_the_reward_model(own_tokenizer):
+    from test_training import scorer
+
+    from rlhf_vs_dpo.training.forward import scores
+
+    model, reward = small_model(own_tokenizer, scale=1.0), scorer(own_tokenizer)
+    prompts = {"a": [own_tokenizer.bos_token_id, 4], "b": [own_tokenizer.bos_token_id, 5]}
+    table, tokens = imitation.draw_pool(
+        model, own_tokenizer, reward, prompts, 5, Sampling(temperature=1.0, max_new_tokens=6), 0
+    )
+    assert table.groupby("prompt_id")["sample"].apply(list).to_dict() == {"a": [*range(5)], "b": [*range(5)]}
+    assert tokens == table["response_ids"].map(len).sum()
+    rows = [Tokens(prompts[p], list(r)) for p, r in zip(table["prompt_id"], table["response_ids"], strict=True)]
+    assert table["reward"].tolist() == pytest.approx(scores(reward, rows, 3), abs=1e-5)
+
+
+def test_texts_that_occur_twice_are_read_once_and_each_gets_its_value(own_tokenizer):
+    policy = Policy(small_model(own_tokenizer), 1.0)
+    rows = [Tokens([2, 4], [5, 1]), Tokens([2, 4], [6, 6, 1]), Tokens([2, 4], [5, 1]), Tokens([2, 5], [5, 1])]
+    each = [log_likelihoods(policy, [row], 3)[0] for row in rows]
+    assert log_likelihoods(policy, rows, 3) == pytest.approx(each, abs=1e-5)
+    read = []
+    policy.register_forward_hook(lambda module, args, output: read.append(len(args[0].input_ids)))
+    log_likelihoods(policy, rows, 3)
+    assert sum(read) == 3
