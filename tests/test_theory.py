@@ -297,3 +297,20 @@ def test_the_table_of_the_docs_and_the_figure(tmp_path):
     ]
     show.draw(rows, tmp_path / "deep" / "x.png")
     assert (tmp_path / "deep" / "x.png").stat().st_size > 1000
+
+
+def test_the_page_says_what_was_measured():
+    """docs/from-rlhf-to-dpo.md against metrics/theory.json, and the targets of the stage at its default settings."""
+    import json
+
+    from conftest import ROOT
+
+    page = (ROOT / "docs" / "from-rlhf-to-dpo.md").read_text()
+    theory = json.loads((ROOT / "metrics" / "theory.json").read_text())
+    assert show.table(theory) in page, "python -m rlhf_vs_dpo.theory.show metrics/theory.json prints the table"
+    for name, number in show.facts(theory).items():
+        assert number in page, f"{name}: {number}"
+    for method in ("dpo", "reinforce", "rloo", "trpo", "ppo"):
+        assert theory["tabular"][method]["total_variation"] <= 0.02, method
+    assert max(theory["transformer"][m]["kl"] for m in ("ppo", "dpo")) <= 0.02
+    assert max(theory["identities"].values()) <= 1e-5 and min(b["slack"] for b in theory["bounds"].values()) >= 0

@@ -116,16 +116,21 @@ def population(problem: Problem, count: int, same: bool, seed: int) -> pd.DataFr
     return pd.DataFrame({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
+def _tokens(problem: Problem, pairs: pd.DataFrame) -> list[list[Tokens]]:
+    """Chosen and rejected texts of a population."""
+    return [
+        [Tokens(problem.prompts[p], problem.responses[y]) for p, y in zip(pairs["prompt"], pairs[side], strict=True)]
+        for side in ("chosen", "rejected")
+    ]
+
+
 def direct(
     problem: Problem, settings: config.Preference, pairs: pd.DataFrame, steps: int, optimum: np.ndarray, seed: int
 ) -> tuple[dict[str, float], list[tuple[int, float]]]:
     """Train on population pairs by a loss of the DPO family; distance to `optimum`, and its curve over steps."""
     model = problem.start()
     watch = Watch(problem, optimum, steps)
-    sides = [
-        [Tokens(problem.prompts[p], problem.responses[y]) for p, y in zip(pairs["prompt"], pairs[side], strict=True)]
-        for side in ("chosen", "rejected")
-    ]
+    sides = _tokens(problem, pairs)
     log_ref = np.log(problem.ref)
     known = pd.DataFrame({f"{side}_logp": log_ref[pairs["prompt"], pairs[side]] for side in ("chosen", "rejected")})
     preference.train(
@@ -141,10 +146,7 @@ def modelled(problem: Problem, pairs: pd.DataFrame, beta: float, steps: int, bat
     with torch.no_grad():
         scorer.head.weight.zero_()
     settings = config.Dpo(loss="dpo", beta=beta, batch=batch, learning_rate=0.1, **PASSES)
-    sides = [
-        [Tokens(problem.prompts[p], problem.responses[y]) for p, y in zip(pairs["prompt"], pairs[side], strict=True)]
-        for side in ("chosen", "rejected")
-    ]
+    sides = _tokens(problem, pairs)
     pad = problem.tokenizer.pad_token_id
     training = supervised.as_training(settings, steps)
     reward_training.train(

@@ -67,5 +67,24 @@ def table(theory: dict) -> str:
     return "\n".join(lines)
 
 
+def facts(theory: dict) -> dict[str, str]:
+    """The other numbers of that page, as it prints them."""
+    biased, bounds, slopes = theory["biased_kl_gradients"], theory["bounds"], theory["dpo_without_exception"].values()
+    gibbs = bounds["best of 16: reward below Gibbs at equal KL"]
+    chosen = theory["tabular"]["chosen_sft"]
+    return {
+        "k2": f"{biased['k2 in the reward']:.2f}",
+        "k3": f"{biased['k3 in the reward']:.2f}",
+        "slopes": ", ".join(f"{slope:.1e}" for slope in slopes),
+        "kl": f"{chosen['kl_to_reference']:.3f}",
+        "win": f"{chosen['win_rate']:.3f}",
+        "kl1024": f"{bounds['best of 1024: KL']['value']:.3f}",
+        "bound1024": f"{bounds['best of 1024: KL']['bound']:.3f}",
+        "ties1024": f"{bounds['best of 1024 with ties: KL']['value']:.3f}",
+        "gibbs16": f"{gibbs['bound']:.2f}",
+        "best16": f"{gibbs['value']:.2f}",
+    }
+
+
 if __name__ == "__main__":
     print(table(json.loads(Path(sys.argv[1]).read_text())))
