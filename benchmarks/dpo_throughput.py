@@ -16,7 +16,7 @@ import typer
 
 from rlhf_vs_dpo import config, models, schemas, text
 from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.training import preference
+from rlhf_vs_dpo.training import preference, supervised
 from rlhf_vs_dpo.training.forward import log_likelihoods
 
 
@@ -43,6 +43,7 @@ def ours(model, tokenizer, pairs, settings) -> None:
         reference,
         pad,
         settings,
+        supervised.steps_over(settings, len(pairs)),
         0,
         NoWatch(),
         lambda m, s: None,
