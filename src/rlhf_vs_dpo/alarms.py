@@ -15,45 +15,41 @@ class Alarm(NamedTuple):
     message: str
 
 
-def _at(metrics: dict[str, float], name: str, otherwise: float) -> float:
-    return metrics.get(name, otherwise)
-
-
 ALARMS = {
     "negative_kl": Alarm(
-        lambda m, first, done: _at(m, "rollout/kl", 0.0) < -3 * _at(m, "rollout/kl_standard_error", 0.0) - 1e-3,
+        lambda m, first, done: m.get("rollout/kl", 0.0) < -3 * m.get("rollout/kl_standard_error", 0.0) - 1e-3,
         "KL(policy, reference) is estimated at {rollout/kl:.3f} nats, below 0 by more than three standard errors "
         "({rollout/kl_standard_error:.3f}). A KL is never negative: responses are sampled from another distribution than the one "
         "log-probabilities are taken under (temperature, top-k, top-p, a minimum length), padding is counted, dropout is "
         "on, or the reference is another model.",
     ),
     "ratio_spread": Alarm(
-        lambda m, first, done: _at(m, "update/ratio_std", 0.0) > 0.5,
+        lambda m, first, done: m.get("update/ratio_std", 0.0) > 0.5,
         "ratios of new to old probability have a standard deviation of {update/ratio_std:.2f}. Steps are too large for the "
         "episodes they reuse: lower `learning_rate` or `epochs`.",
     ),
     "clip_fraction": Alarm(
-        lambda m, first, done: _at(m, "update/clip_fraction", 0.0) > 0.3,
+        lambda m, first, done: m.get("update/clip_fraction", 0.0) > 0.3,
         "{update/clip_fraction:.0%} of ratios are beyond the clip, and such tokens teach nothing. Lower `learning_rate` or "
         "`epochs`, or raise `clip`.",
     ),
     "explained_variance": Alarm(
-        lambda m, first, done: done > 0.2 and _at(m, "rollout/explained_variance", 1.0) < 0.0,
+        lambda m, first, done: done > 0.2 and m.get("rollout/explained_variance", 1.0) < 0.0,
         "the value network predicts returns worse than their mean (explained variance {rollout/explained_variance:.2f}). "
         "Advantages are noise: raise `value_learning_rate`, `epochs` or `value_warmup`, or look at the scale of the reward.",
     ),
     "unfinished": Alarm(
-        lambda m, first, done: _at(m, "rollout/finished", 1.0) < min(0.8, _at(first, "rollout/finished", 1.0) - 0.05),
+        lambda m, first, done: m.get("rollout/finished", 1.0) < min(0.8, first.get("rollout/finished", 1.0) - 0.05),
         "only {rollout/finished:.0%} of responses end. The reward model may pay for length: lower `unfinished_reward`, or "
         "raise `sampling.max_new_tokens` if the SFT policy is cut short too.",
     ),
     "entropy": Alarm(
-        lambda m, first, done: _at(m, "rollout/entropy", 1.0) < 0.1 * _at(first, "rollout/entropy", 0.0),
+        lambda m, first, done: m.get("rollout/entropy", 1.0) < 0.1 * first.get("rollout/entropy", 0.0),
         "the policy's entropy has fallen to {rollout/entropy:.3f} nats per token, a tenth of where it started: it says "
         "nearly the same every time. Raise `kl_coefficient`, or lower `learning_rate`.",
     ),
     "score_out_of_range": Alarm(
-        lambda m, first, done: _at(m, "rollout/score_out_of_range", 0.0) > 0.05,
+        lambda m, first, done: m.get("rollout/score_out_of_range", 0.0) > 0.05,
         "{rollout/score_out_of_range:.0%} of responses score outside the range of all pairs that the reward model was "
         "trained on. It extrapolates there, and what it says may mean nothing: raise `kl_coefficient`, or stop earlier.",
     ),
