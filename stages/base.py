@@ -49,7 +49,7 @@ def main(
         trained = supervised.likelihood(
             policy, examples, list(train["doc_id"]), pad, settings.training, run.seed, run.log, "base"
         )
-        run.spent(tokens_trained=trained)
+        run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             held = text.documents(tokenizer, heldout["text"], context)
             logp = sum(forward.log_likelihoods(policy, held, pad, "held-out corpus"))

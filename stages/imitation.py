@@ -59,13 +59,13 @@ def main(
             schemas.read_table(prompts, "prompts", "validation"), gold.load(world), start, tokenizer,
             run.section("monitor"), sampling, run.seed, planned,
         )  # fmt: skip
-        trained = generated = taken = 0
+        trained = generated = read = taken = 0
         for number in range(settings.rounds):
             if number > 0:
-                drawn, tokens = imitation.draw_pool(
+                drawn, sampled, prompted = imitation.draw_pool(
                     model, tokenizer, models.load_scorer(reward), known, samples, sampling, round_seed(seed, number)
                 )
-                generated += tokens
+                generated, read = generated + sampled, read + prompted
                 examples = imitation.from_pool(settings, drawn, known)
                 if len(examples.tokens) < settings.batch:
                     raise TrainingError(
@@ -80,7 +80,10 @@ def main(
                 lambda step, taken=taken: watched.watch(model, taken + step, run.log),
             )  # fmt: skip
             taken += steps
-        run.spent(tokens_trained=trained, tokens_generated=generated)
+        run.spent(
+            parameters=models.size(model), tokens_trained=trained, tokens_generated=generated, tokens_read=read,
+            models_held=1 + (settings.rounds > 1),
+        )  # fmt: skip
         if launch.is_main():
             models.save(model, tokenizer, out)
             schemas.write_table(watched.table(), "heldout", heldout)

@@ -31,11 +31,13 @@ def main(
 
         settings, sampling = run.section("pool"), run.section("sampling")
         train = schemas.read_table(prompts, "prompts", "train").head(settings.train_prompts)
+        validation = schemas.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)
         test = schemas.read_table(prompts, "prompts", "test").head(settings.test_prompts)
         deep = [number < settings.deep_prompts for number in range(len(test))]
         rows = pd.concat(
             [
                 train.assign(samples=settings.train_samples),
+                validation.assign(samples=settings.validation_samples),
                 test.assign(samples=[settings.deep_samples if d else settings.test_samples for d in deep]),
             ],
             ignore_index=True,
@@ -45,7 +47,8 @@ def main(
         model, tokenizer = models.load_policy(sft)
         policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
         scorer, judge = models.load_scorer(reward), gold.load(world)
-        totals = {"train": [0, 0, 0.0], "test": [0, 0, 0.0]}  # responses, tokens, how many ended
+        totals = {split: [0, 0, 0.0] for split in ("train", "validation", "test")}  # responses, tokens, how many ended
+        read = {split: 0 for split in totals}
 
         def parts():
             with bar(len(each), "pool", "response") as progress:
@@ -68,6 +71,10 @@ def main(
                     )
                     table["reward"] = table["reward"].where(table["finished"])
                     for split, group in table.groupby("split"):
+                        scored = [drawn.tokens[i] for i in group.index]
+                        read[split] += forward.tokens_read(scored) + sum(
+                            len(p) for p in {tuple(t.prompt) for t in scored}
+                        )
                         totals[split][0] += len(group)
                         totals[split][1] += int(group["tokens"].sum())
                         totals[split][2] += float(group["finished"].sum())
@@ -75,10 +82,13 @@ def main(
                     yield table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
 
         schemas.write_stream(parts(), "pool", out)
-        run.spent(tokens_generated=sum(entry[1] for entry in totals.values()))
+        run.spent(
+            parameters=models.size(model), tokens_generated=sum(entry[1] for entry in totals.values()),
+            tokens_read=sum(read.values()), models_held=2,
+        )  # fmt: skip
         run.finish(
             {
-                split: {"responses": count, "tokens": tokens, "finished": ended / count}
+                split: {"responses": count, "tokens": tokens, "tokens_read": read[split], "finished": ended / count}
                 for split, (count, tokens, ended) in totals.items()
             },
             metrics,

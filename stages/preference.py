@@ -63,7 +63,7 @@ def main(
             asked[asked["split"] == "validation"], judge, start, tokenizer,
             run.section("monitor"), sampling, run.seed, sum(steps),
         )  # fmt: skip
-        trained = generated = taken = 0
+        trained = generated = read = taken = 0
         for number, part in enumerate(parts):
             rows = whole.loc[part].reset_index(drop=True)
             known = None if stored is None else stored.loc[part].reset_index(drop=True)
@@ -73,6 +73,7 @@ def main(
                     run.section("preferences").annotator, sampling, round_seed(seed, number), f"pairs of round {number + 1}",
                 )  # fmt: skip
                 rows, generated = labelled.pairs, generated + labelled.tokens_generated
+                read += labelled.tokens_read
                 if len(rows) < settings.batch:
                     raise TrainingError(
                         f"round {number + 1}: only {len(rows)} of {len(part)} prompts gave a pair, fewer than `batch` "
@@ -88,12 +89,16 @@ def main(
                         "rejected_logp": forward.log_likelihoods(frozen, rejected, pad),
                     }
                 )
+                read += forward.tokens_read(chosen) + forward.tokens_read(rejected)
             trained += preference.train(
                 policy, chosen, rejected, list(rows["pair_id"]), known, pad, settings, steps[number], seed, watched,
                 run.log, method, taken,
             )  # fmt: skip
             taken += steps[number]
-        run.spent(tokens_trained=trained, tokens_generated=generated)
+        run.spent(
+            parameters=models.size(model), tokens_trained=trained, tokens_generated=generated, tokens_read=read,
+            models_held=1 + (stored is not None and settings.rounds > 1),  # stored log-probabilities need no model
+        )  # fmt: skip
         if launch.is_main():
             held = whole.index[whole["split"] == "validation"]
             known = None if stored is None else stored.loc[held]

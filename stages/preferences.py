@@ -48,7 +48,10 @@ def main(
                            schemas.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
                 judge, settings.annotator, run.section("sampling"), run.seed, "two samples per prompt",
             )  # fmt: skip
-            run.spent(tokens_generated=labelled.tokens_generated)
+            run.spent(
+                parameters=models.size(model), tokens_generated=labelled.tokens_generated,
+                tokens_read=labelled.tokens_read, models_held=1,
+            )  # fmt: skip
             pairs, summary = labelled.pairs, labelled.summary
         for split in ("train", "validation"):
             if not (pairs["split"] == split).any():

@@ -23,11 +23,13 @@ def main(
         frame = schemas.read_table(pairs, "pairs")
         model, tokenizer = models.load_policy(sft)
         policy = Policy(model, run.section("sampling").temperature)
-        table = frame[["pair_id"]].copy()
+        table, read = frame[["pair_id"]].copy(), 0
         for side in ("chosen", "rejected"):
             tokens = text.encode(tokenizer, frame["prompt"], frame[side], frame["pair_id"], models.context_of(model))
             table[f"{side}_logp"] = forward.log_likelihoods(policy, tokens, tokenizer.pad_token_id, side)
+            read += forward.tokens_read(tokens)
             table[f"{side}_tokens"] = [len(example.response) for example in tokens]
+        run.spent(parameters=models.size(model), tokens_read=read, models_held=1)
         schemas.write_table(table, "reference", out)
 
 

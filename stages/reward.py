@@ -46,7 +46,8 @@ def main(
         trained = training.train(
             scorer, good, bad, list(train["pair_id"]), pad, settings.training, run.seed, run.log, "reward",
         )  # fmt: skip
-        run.spent(tokens_trained=trained)
+        read = forward.tokens_read(demo_tokens) + forward.tokens_read(good + bad)  # to normalise; for the range
+        run.spent(parameters=models.size(scorer.model), tokens_trained=trained, tokens_read=read, models_held=1)
         if not launch.is_main():
             return
         raw = np.array(forward.scores(scorer, demo_tokens, pad, "demonstrations"))

@@ -60,7 +60,8 @@ def main(
             text.documents(tokenizer, documents, models.context_of(model)), settings, sampling, seed, watched,
             alarms.listening(run.log, run.warn, settings.iterations), method,
         )  # fmt: skip
-        run.spent(tokens_trained=totals.tokens_trained, tokens_generated=totals.tokens_generated)
+        held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")
+        run.spent(parameters=models.size(model), models_held=held, **totals._asdict())  # TRPO: the old policy, too
         if launch.is_main():
             models.save(model, tokenizer, out)
             schemas.write_table(watched.table(), "heldout", heldout)

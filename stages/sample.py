@@ -19,6 +19,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the samples go.")],
     retention: Annotated[Path, typer.Option(help="Where log-probabilities of corpus and facts go.")],
     heldout: Annotated[Path | None, typer.Option(help="Samples taken while this policy trained, to be scored.")] = None,
+    watched: Annotated[Path | None, typer.Option(help="Where what was measured of them goes.")] = None,
     curve: Annotated[Path | None, typer.Option(help="Where gold, RM reward and KL over training go.")] = None,
 ) -> None:
     """Write `samples` with log-probabilities under the policy and pi_ref, RM reward and gold; and `retention`."""
@@ -64,11 +65,11 @@ def main(
             table["reward"] = table["reward"].where(table["finished"])
             tables.append(table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"])))
         table = pd.concat(tables, ignore_index=True)
-        run.spent(tokens_generated=int(table["tokens"].sum()))
         kept = forgetting.retention(model, tokenizer, documents, questions)
         if heldout is not None:
-            scored = monitor.curve(schemas.read_table(heldout, "heldout"), scorer, pad)
-            tracking.write_curve(scored.to_dict("records"), curve)
+            scored = monitor.scored(schemas.read_table(heldout, "heldout"), scorer, pad)
+            tracking.write_curve(monitor.curve(scored).to_dict("records"), curve)
+            schemas.write_table(scored, "watched", watched)
         schemas.write_table(table, "samples", out)
         schemas.write_table(kept, "retention", retention)
 

@@ -45,7 +45,7 @@ def main(
 
         before = nll()
         trained = supervised.likelihood(policy, examples, names, pad, settings.training, run.seed, run.log, "sft")
-        run.spent(tokens_trained=trained)
+        run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             after = nll()
             models.save(model, tokenizer, out)

@@ -233,12 +233,14 @@ def test_a_pool_of_a_round_is_scored_by_the_reward_model(own_tokenizer):
 
     model, reward = small_model(own_tokenizer, scale=1.0), scorer(own_tokenizer)
     prompts = {"a": [own_tokenizer.bos_token_id, 4], "b": [own_tokenizer.bos_token_id, 5]}
-    table, tokens = imitation.draw_pool(
+    table, tokens, read = imitation.draw_pool(
         model, own_tokenizer, reward, prompts, 5, Sampling(temperature=1.0, max_new_tokens=6), 0
     )
     assert table.groupby("prompt_id")["sample"].apply(list).to_dict() == {"a": [*range(5)], "b": [*range(5)]}
     assert tokens == table["response_ids"].map(len).sum()
     rows = [Tokens(prompts[p], list(r)) for p, r in zip(table["prompt_id"], table["response_ids"], strict=True)]
+    texts = {tuple(r.prompt + r.response): r for r in rows}  # each prompt is read to answer it, each text to score it
+    assert read == 2 + 2 + sum(map(len, texts))
     assert table["reward"].tolist() == pytest.approx(scores(reward, rows, 3), abs=1e-5)
 
 

@@ -283,7 +283,7 @@ def test_the_watch_measures_kl_and_the_curve_scores_what_ended(tokenizer):
     kl = np.mean([sum(token_logp(model, t, 2.0)) - sum(token_logp(reference, t, 2.0)) for t in examples])
     assert logged[5]["heldout/kl"] == pytest.approx(kl, abs=1e-3) and kl > 0.1
     reward = scorer(tokenizer)
-    curve = monitor.curve(table, reward, 3).set_index("step")
+    curve = monitor.curve(monitor.scored(table, reward, 3)).set_index("step")
     ended = [t for t in examples if t.response[-1] == tokenizer.eos_token_id]
     assert 0 < len(ended) < 12
     assert curve.loc[5, "reward"] == pytest.approx(np.mean(scores(reward, ended, 3)), abs=1e-5)

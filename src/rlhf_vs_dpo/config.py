@@ -192,6 +192,8 @@ class Pool(Section):
 
     train_prompts: Count
     train_samples: Count
+    validation_prompts: Count
+    validation_samples: Count
     test_prompts: Count
     test_samples: Count
     deep_prompts: Steps

@@ -24,10 +24,15 @@ ROWS = 256  # responses generated together
 
 
 class Responses(NamedTuple):
-    """tokens[i].response ends with EOS exactly where finished[i]."""
+    """tokens[i].response ends with EOS exactly where finished[i]; `tokens_read` of prompts went through the model."""
 
     tokens: list[Tokens]
     finished: list[bool]
+    tokens_read: int
+
+    @property
+    def tokens_generated(self) -> int:
+        return sum(len(tokens.response) for tokens in self.tokens)
 
 
 def stream(seed: int, name: str, sample: int, length: int) -> np.ndarray:
@@ -61,6 +66,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), names[i]))
     responses: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
+    read = 0
     with (
         bar(len(prompts), what or "", "response", visible=what is not None) as progress,
         torch.inference_mode(),
@@ -74,11 +80,13 @@ def generate(
             )
             for i, ids in zip(chunk, drawn, strict=True):
                 responses[i] = ids
+            read += sum(len(prompt) for prompt in {tuple(prompts[i]) for i in chunk})
             progress.update(len(chunk))
     eos = tokenizer.eos_token_id
     return Responses(
         [Tokens(prompt, response) for prompt, response in zip(prompts, responses, strict=True)],
         [response[-1] == eos for response in responses],
+        read,
     )
 
 
@@ -102,9 +110,9 @@ def generate_together(
         seed, what if rank == 0 else None,
     )  # fmt: skip
     parts: list = [None] * world
-    torch.distributed.all_gather_object(parts, [(t.prompt, t.response, f) for t, f in zip(*drawn, strict=True)])
-    whole = [parts[i % world][i // world] for i in range(len(prompts))]
-    return Responses([Tokens(prompt, response) for prompt, response, _ in whole], [ended for _, _, ended in whole])
+    torch.distributed.all_gather_object(parts, drawn)
+    whole = [(parts[i % world].tokens[i // world], parts[i % world].finished[i // world]) for i in range(len(prompts))]
+    return Responses([t for t, _ in whole], [ended for _, ended in whole], sum(part.tokens_read for part in parts))
 
 
 def from_main(values: list[float]) -> list[float]:

@@ -13,11 +13,12 @@ from rlhf_vs_dpo.text import encode_prompts
 
 
 class Labelled(NamedTuple):
-    """`pairs` as the contract has them, what they are like, and how many tokens were sampled for them."""
+    """`pairs` as the contract has them, what they are like, and how many tokens were sampled, and read, for them."""
 
     pairs: pd.DataFrame
     summary: dict
     tokens_generated: int
+    tokens_read: int
 
 
 def label(
@@ -74,5 +75,4 @@ def label(
             "chosen": float(chosen[name][usable].astype(float).mean()),
             "rejected": float(rejected[name][usable].astype(float).mean()),
         }
-    tokens = int(both["tokens"].sum())
-    return Labelled(pairs[usable].reset_index(drop=True), summary, tokens)
+    return Labelled(pairs[usable].reset_index(drop=True), summary, drawn.tokens_generated, drawn.tokens_read)

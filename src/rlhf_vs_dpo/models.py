@@ -46,6 +46,14 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def size(model: nn.Module) -> int:
+    """Weights outside the table of embeddings (a look-up): N of the estimate 6 N per token (arXiv:2001.08361, section 2.1).
+
+    A projection that shares that table is left out with it, as there.
+    """
+    return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.errors import ParamsError, UserError
@@ -33,6 +34,22 @@ def overlay(params: Any, profile: dict[str, Any], place: str, key: str = "") -> 
             overlay(params[name], value, place, dotted)
         else:
             params[name] = value
+
+
+def current(params: Path = Path("params.yaml"), profiles: Path = Path("profiles")) -> str:
+    """The profile that params.yaml is, or `custom` where it is none of them."""
+    yaml = YAML(typ="safe")
+    now = yaml.load(params.read_text())
+    for path in sorted(profiles.glob("*.yaml")):
+        then = yaml.load((profiles / "default.yaml").read_text())
+        try:
+            if path.stem != "default":
+                overlay(then, yaml.load(path.read_text()), str(path))
+        except (ParamsError, YAMLError):  # a profile that nobody is using now need not be right
+            continue
+        if then == now:
+            return path.stem
+    return "custom"
 
 
 def _text(params: Any, yaml: YAML) -> str:

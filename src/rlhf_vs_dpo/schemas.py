@@ -132,6 +132,19 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             "filler": _number(nullable=True),
         }
     ),
+    "watched": pa.DataFrameSchema(
+        {
+            "step": _number(int),
+            "prompt_id": _text(),
+            "finished": pa.Column(bool),
+            "logp": _number(check=LOGP),
+            "reference_logp": _number(check=LOGP),
+            "gold": _number(nullable=True),
+            "filler": _number(nullable=True),
+            "tokens": _number(int, check=POSITIVE),
+            "reward": _number(nullable=True),
+        }
+    ),
     "facts": pa.DataFrameSchema({"fact_id": _text(**ID), "prompt": _text(), "answer": _text()}),
     "retention": pa.DataFrameSchema(
         {

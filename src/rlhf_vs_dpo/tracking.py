@@ -1,6 +1,7 @@
 """MLflow and DVC, and nowhere else: where a stage gets its parameters, and where its numbers go.
 
-One flat MLflow run for each executed stage. Its id is a stage output (runs/<name>.json, cached by DVC), so that it comes
+One flat MLflow run for each executed stage: those that make a policy in the experiment `rlhf-vs-dpo`, one row each, the
+others in `rlhf-vs-dpo stages`. The id is a stage output (runs/<name>.json, cached by DVC), so that it comes
 back from the run cache with the weights it belongs to, and evaluation lands on the run of the policy it measured.
 Nothing here can change a number of a table or a model: no stage depends on this file.
 """
@@ -21,7 +22,9 @@ from rlhf_vs_dpo import config
 from rlhf_vs_dpo.errors import DataError, UserError
 from rlhf_vs_dpo.launch import is_main
 
-EXPERIMENT = "rlhf-vs-dpo"
+EXPERIMENT = "rlhf-vs-dpo"  # a row per policy
+STAGES = "rlhf-vs-dpo stages"  # everything else that ran
+SYSTEM_SECONDS = 10  # between two looks at processor, memory and GPU
 FLUSH_SECONDS = 5.0
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
 WRITTEN_BY_HAND = ("src", "stages", "data/mini_tldr", "dvc.yaml", "params.yaml", "constraints.txt")
@@ -79,12 +82,7 @@ class Run:
     def _send(self, metrics: dict[str, float], step: int) -> None:
         if self.run_id is None:
             return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._buffer += [
-            Metric(name, float(value), now, step) for name, value in metrics.items() if math.isfinite(value)
-        ]
+        self._buffer += _metrics(metrics, step)
         if time.monotonic() - self._flushed > FLUSH_SECONDS or len(self._buffer) >= BATCH:
             self.flush()
 
@@ -102,7 +100,7 @@ class Run:
             _client().set_tag(self.run_id, f"warning.{name}", message)
 
     def spent(self, **cost: float) -> None:
-        """Cost for the report: tokens trained, tokens generated."""
+        """Cost for the report: `parameters` of a network, tokens trained, generated and read, models held at once."""
         self.cost |= cost
 
     def finish(self, metrics: dict[str, Any], path: Path, step: int = 0) -> None:
@@ -160,6 +158,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
+def _metrics(values: dict[str, float], step: int = 0) -> list[Any]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(name, float(value), now, step) for name, value in values.items() if math.isfinite(value)]
+
+
 def _client():
     import logging
 
@@ -170,17 +175,17 @@ def _client():
     return MlflowClient(tracking_uri=tracking_uri())
 
 
-def _experiment() -> str:
-    """Id of the experiment, made if need be; locked, for four first starts at once leave one survivor otherwise."""
+def _experiment(name: str) -> str:
+    """Id of an experiment, made if need be; locked, for four first starts at once leave one survivor otherwise."""
     from filelock import FileLock
 
     with FileLock(root() / ".mlflow.lock"):
         client = _client()
-        found = client.get_experiment_by_name(EXPERIMENT)
+        found = client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
         place = (root() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite") else None
-        return client.create_experiment(EXPERIMENT, artifact_location=place)
+        return client.create_experiment(name, artifact_location=place)
 
 
 def _git(*arguments: str) -> str:
@@ -188,21 +193,28 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _tags(name: str, inputs: list[Path], tags: dict[str, str]) -> dict[str, str]:
-    """What one filters on in the UI: stage, method, commit, the DVC experiment, and the md5 of every input."""
+def locked() -> dict[str, str]:
+    """md5 of every output that dvc.lock knows, by path."""
     from ruamel.yaml import YAML
 
-    tags = {"dvc.stage": name, **tags}
+    lock = Path("dvc.lock")
+    if not lock.exists():
+        return {}
+    stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {})
+    return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+
+
+def _tags(name: str, inputs: dict[str, str], tags: dict[str, str]) -> dict[str, str]:
+    """What one filters on in the UI: stage, method, commit, profile, the DVC experiment, and the md5 of every input."""
+    from rlhf_vs_dpo import profiles
+
+    tags = {"dvc.stage": name, "profile": profiles.current(), **tags}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.exp"] = experiment
     if commit := _git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
         tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", *WRITTEN_BY_HAND))).lower()
-    lock = Path("dvc.lock")
-    if lock.exists():
-        stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {})
-        known = {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
-        tags |= {f"dvc.dep.{path}": known[str(path)] for path in inputs if str(path) in known}
+    tags |= {f"dvc.dep.{path}": md5 for path, md5 in inputs.items()}
     return tags | {"processes": os.environ.get("WORLD_SIZE", "1")}
 
 
@@ -228,11 +240,14 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
         if is_main():
             run_id = _start(os.environ.get("DVC_STAGE", name), inputs, params, tags)
         run = Run(params, run_id)
-        yield run
+        with _watching(run_id):
+            yield run
         if is_main():
             run.flush()
             seconds = time.monotonic() - started
-            content = {"run_id": run_id, "seconds": round(seconds, 1), "device": _device_name(), **run.cost}
+            spent = {"seconds": round(seconds, 1), "peak_memory_mib": round(_peak_memory(), 1), **run.cost}
+            content = {"run_id": run_id, "device": _device_name(), **spent}
+            _client().log_batch(run_id, metrics=_metrics({f"cost/{name}": value for name, value in spent.items()}))
             _client().set_tag(run_id, "device", content["device"])
             if run_file is not None:
                 write_json(content, run_file)
@@ -250,10 +265,54 @@ def _start(name: str, inputs: list[Path], params: dict[str, Any], tags: dict[str
     from mlflow.entities import Param
 
     client = _client()
-    run_id = client.create_run(_experiment(), run_name=name, tags=_tags(name, inputs, tags)).info.run_id
-    flat = _leaves(params)
-    client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in flat.items()])
+    known = locked()
+    used = {str(path): known[str(path)] for path in inputs if str(path) in known}
+    experiment = _experiment(EXPERIMENT if "policy" in tags and "family" in tags else STAGES)
+    run_id = client.create_run(experiment, run_name=tags.get("policy", name), tags=_tags(name, used, tags)).info.run_id
+    client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in _leaves(params).items()])
+    tables = [_dataset(path, md5) for path, md5 in used.items() if path.endswith(".parquet")]
+    if tables:
+        client.log_inputs(run_id, tables)
     return run_id
+
+
+def _dataset(path: str, md5: str):
+    """A table that a run read, as MLflow shows it: its digest is DVC's, so that `dvc` can bring it back."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": path, "dvc.md5": md5})
+    dataset = Dataset(name=Path(path).stem, digest=md5[:36], source_type="local", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "input")])
+
+
+def _peak_memory() -> float:
+    """Most memory that this process held, in MiB: on the GPU where there is one, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+@contextmanager
+def _watching(run_id: str | None) -> Iterator[None]:
+    """System metrics of the run, every SYSTEM_SECONDS, while the body works."""
+    if run_id is None:
+        yield
+        return
+    import logging
+
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_SECONDS, tracking_uri=tracking_uri())
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,16 +327,9 @@ def log_onto(
 ) -> None:
     """Add metrics to the run of a policy that another stage trained; a run that is not in this store is only mentioned."""
     import mlflow.exceptions
-    from mlflow.entities import Metric
 
     run_id = read_run(run_file)["run_id"]
-    now = int(time.time() * 1000)
-    batch = [
-        Metric(name, float(value), now, step)
-        for step, row in [(0, metrics), *steps]
-        for name, value in row.items()
-        if math.isfinite(value)
-    ]
+    batch = [metric for step, row in [(0, metrics), *steps] for metric in _metrics(row, step)]
     try:
         for start in range(0, len(batch), BATCH):
             _client().log_batch(run_id, metrics=batch[start : start + BATCH])

@@ -54,7 +54,8 @@ class Learner:
     ptx_rng: np.random.Generator
     train_policy: bool = True  # False while the value network warms up
     trust: float = 1.0  # TRPO's delta as a share of `max_kl`, by the schedule
-    trained: int = 0  # tokens, on all processes
+    trained: int = 0  # tokens, on all processes, once for each network that learns from them
+    read: int = 0  # tokens run forward only, while the policy is improved
 
     @property
     def acting(self):
@@ -95,7 +96,7 @@ def policy_gradient_step(learner: Learner, episodes: Episodes) -> dict[str, floa
     rate = learner.actor.learning_rate
     value = learner.actor.accumulate(micro, loss, learner.settings.episodes)
     norm = learner.actor.step(value, episodes.names)
-    _count(learner, episodes, everything)
+    learner.trained += _length(learner, episodes, everything)
     return {"policy_loss": value, "policy_gradient_norm": norm, "learning_rate": rate}
 
 
@@ -112,7 +113,6 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
     averages = Averages()
     for part in _minibatches(learner, episodes):
         averages.add(_fit_values(learner, episodes, _micro(learner, episodes, part), part))
-        _count(learner, episodes, part)
     return metrics | averages.read()
 
 
@@ -169,9 +169,9 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
         return gain, kl
 
     g = gradient()
-    _count(learner, episodes, range(len(episodes.tokens)))
-    for _ in range(settings.cg_steps):  # a product is a backward pass through the graph of these episodes
-        _count(learner, episodes, few)
+    length = _length(learner, episodes, range(len(episodes.tokens)))
+    # A product is a backward pass through the graph of these episodes; one more measures the curvature along the step.
+    learner.trained += length + (settings.cg_steps + 1) * _length(learner, episodes, few)
     direction = conjugate_gradient(fisher_product, g, settings.cg_steps)
     curvature = float(direction @ fisher_product(direction))
     usable = math.isfinite(curvature) and curvature > 0
@@ -184,6 +184,7 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
         accepted = kl <= bound and gain >= 0
         if accepted:
             break
+    learner.read += 2 * length * (halved + 1 if usable else 0)  # two policies at each try
     if not accepted:
         torch.nn.utils.vector_to_parameters(start, parameters)
         gain = kl = 0.0
@@ -236,8 +237,8 @@ def clipped_steps(learner: Learner, episodes: Episodes) -> dict[str, float]:
                 "ratio_mean": ratio,
                 "ratio_std": max(squared - ratio**2, 0.0) ** 0.5,
             }
+            learner.trained += _length(learner, episodes, part)
         averages.add(step | _fit_values(learner, episodes, micro, part))
-        _count(learner, episodes, part)
     return averages.read()
 
 
@@ -326,10 +327,10 @@ def _tokens(learner: Learner, episodes: Episodes, part: Sequence[int]) -> float:
     return float(learner.accelerate.reduce(torch.tensor([float(count)], device=learner.accelerate.device)))
 
 
-def _count(learner: Learner, episodes: Episodes, part: Sequence[int]) -> None:
-    """Add the tokens of a pass over some episodes to the cost."""
+def _length(learner: Learner, episodes: Episodes, part: Sequence[int]) -> int:
+    """Tokens of some episodes, prompts included, on all processes: the cost of a pass over them."""
     count = sum(len(episodes.tokens[i]) for i in part)
-    learner.trained += int(learner.accelerate.reduce(torch.tensor([count], device=learner.accelerate.device)))
+    return int(learner.accelerate.reduce(torch.tensor([count], device=learner.accelerate.device)))
 
 
 def _fit_values(learner: Learner, episodes: Episodes, micro: Sequence[Micro], part: Sequence[int]) -> dict[str, float]:
@@ -341,6 +342,7 @@ def _fit_values(learner: Learner, episodes: Episodes, micro: Sequence[Micro], pa
         return value_loss(values, group.of(episodes.values), group.of(episodes.returns), clip).sum()
 
     value = critic.accumulate(micro, loss, _tokens(learner, episodes, part))
+    learner.trained += _length(learner, episodes, part)
     return {"value_loss": value, "value_gradient_norm": critic.step(value, [episodes.names[i] for i in part])}
 
 

@@ -19,9 +19,9 @@ def measure(module: nn.Module, examples: Sequence[Tokens], pad: int, read: Calla
     """
     inner = module.model
     device = next(module.parameters()).device
-    places: dict[tuple, list[int]] = {}  # a short response is often sampled again: each text is read once
+    places: dict[tuple, list[int]] = {}
     for i, example in enumerate(examples):
-        places.setdefault((tuple(example.prompt), tuple(example.response)), []).append(i)
+        places.setdefault(_text(example), []).append(i)
     distinct = [examples[same[0]] for same in places.values()]
     where = list(places.values())
     values: list = [None] * len(examples)
@@ -33,6 +33,16 @@ def measure(module: nn.Module, examples: Sequence[Tokens], pad: int, read: Calla
                     values[place] = value
             progress.update(len(group))
     return values
+
+
+def tokens_read(examples: Sequence[Tokens]) -> int:
+    """How many tokens a `measure` of them runs through the model."""
+    return sum(len(example) for example in {_text(example): example for example in examples}.values())
+
+
+def _text(example: Tokens) -> tuple:
+    """What makes two examples one: a short response is often sampled again, and each text is read once."""
+    return tuple(example.prompt), tuple(example.response)
 
 
 def log_likelihoods(policy: Policy, examples: Sequence[Tokens], pad: int, what: str | None = None) -> list[float]:

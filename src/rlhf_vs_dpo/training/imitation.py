@@ -25,7 +25,7 @@ from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.generation import from_main, generate_together
 from rlhf_vs_dpo.models import Scorer
 from rlhf_vs_dpo.text import Tokens, encode, encode_prompts
-from rlhf_vs_dpo.training.forward import scores
+from rlhf_vs_dpo.training.forward import scores, tokens_read
 
 NEEDS = {"chosen_sft": "pairs", "control_tokens": "pairs", "rm_filtered": "pool", "best_of_n": "pool"}
 GOOD, BAD = "[GOOD]", "[BAD]"
@@ -88,8 +88,8 @@ def best_of_each(pool: pd.DataFrame, n: int) -> pd.DataFrame:
 
 def draw_pool(
     model: nn.Module, tokenizer, reward: Scorer, prompts: dict[str, list[int]], samples: int, sampling: Sampling, seed: int
-) -> tuple[pd.DataFrame, int]:  # fmt: skip
-    """A pool of the policy as it is now: the columns that `from_pool` reads, and the tokens it took."""
+) -> tuple[pd.DataFrame, int, int]:  # fmt: skip
+    """A pool of the policy as it is now: the columns that `from_pool` reads, and the tokens generated and read for it."""
     names = [name for name in prompts for _ in range(samples)]
     numbers = list(range(samples)) * len(prompts)
     asked = [prompts[name] for name in names]
@@ -103,7 +103,7 @@ def draw_pool(
             "reward": from_main(scores(reward, drawn.tokens, tokenizer.pad_token_id)),
         }
     )
-    return table, sum(len(tokens.response) for tokens in drawn.tokens)
+    return table, drawn.tokens_generated, drawn.tokens_read + tokens_read(drawn.tokens)
 
 
 def prompt_ids(tokenizer, prompts: pd.DataFrame) -> dict[str, list[int]]:

@@ -67,7 +67,7 @@ class HeldOut:
         )
         judged = gold_columns(self.gold, self.prompts["prompt"], self.prompts["facts"], table["response"])
         self.tables.append(table.join(judged[["gold", "filler"]]))
-        log({f"heldout/{name}": value for name, value in _means(self.tables[-1]).items() if np.isfinite(value)}, step)
+        log({f"heldout/{name}": value for name, value in self._last().items() if np.isfinite(value)}, step)
 
     def table(self) -> pd.DataFrame:
         """All samples taken so far, a `heldout` table."""
@@ -75,24 +75,35 @@ class HeldOut:
 
     def final(self) -> dict[str, float]:
         """Means at the last point, named as logged."""
-        return {f"heldout/{name}": value for name, value in _means(self.tables[-1]).items()}
+        return {f"heldout/{name}": value for name, value in self._last().items()}
+
+    def _last(self) -> dict[str, float]:
+        table = self.tables[-1]
+        return _means(table.assign(tokens=table["response_ids"].map(len)))
 
 
 def _means(table: pd.DataFrame) -> dict[str, float]:
     return {
         "gold": float(table["gold"].mean()),
         "kl": float((table["logp"] - table["reference_logp"]).mean()),
-        "tokens": float(table["response_ids"].map(len).mean()),
+        "tokens": float(table["tokens"].mean()),
         "finished": float(table["finished"].mean()),
         "filler": float(table["filler"].mean()),
     }
 
 
-def curve(heldout: pd.DataFrame, reward: Scorer, pad: int) -> pd.DataFrame:
-    """Means per point of a `heldout` table, with the RM reward of the responses that ended; one row per step."""
+def scored(heldout: pd.DataFrame, reward: Scorer, pad: int) -> pd.DataFrame:
+    """A `heldout` table as `watched`: numbers alone, with the RM reward of the responses that ended."""
     examples = [Tokens(list(p), list(r)) for p, r in zip(heldout["prompt_ids"], heldout["response_ids"], strict=True)]
-    scored = pd.Series(scores(reward, examples, pad), index=heldout.index).where(heldout["finished"])
+    return heldout[["step", "prompt_id", "finished", "logp", "reference_logp", "gold", "filler"]].assign(
+        tokens=heldout["response_ids"].map(len),
+        reward=pd.Series(scores(reward, examples, pad), index=heldout.index).where(heldout["finished"]),
+    )
+
+
+def curve(watched: pd.DataFrame) -> pd.DataFrame:
+    """Means per point of a `watched` table, one row per step."""
     return pd.DataFrame(
-        {"step": step, "reward": float(scored[table.index].mean()), **_means(table)}
-        for step, table in heldout.groupby("step")
+        {"step": step, "reward": float(table["reward"].mean()), **_means(table)}
+        for step, table in watched.groupby("step")
     )

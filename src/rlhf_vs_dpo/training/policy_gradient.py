@@ -29,10 +29,12 @@ MAX_RATIO_GAP = {"cpu": 1e-3, "cuda": 0.3}  # of step 0: float32, and bf16 (2403
 
 
 class Totals(NamedTuple):
-    """Cost of a run, over all processes."""
+    """Cost of a run, over all processes: tokens that were trained on (once for each network that learned from them),
+    that were sampled, and that were run forward only (prompts, the networks that judge, old log-probabilities)."""
 
     tokens_trained: int
     tokens_generated: int
+    tokens_read: int
 
 
 def train(
@@ -72,7 +74,7 @@ def train(
     queue: list[int] = []
     beta = settings.kl_coefficient
     distinct = settings.episodes // settings.samples_per_prompt
-    generated = 0
+    generated = read = 0
     with bar(settings.iterations, what, "iteration", visible=accelerate.is_main_process) as progress:
         for iteration in range(settings.iterations):
             heldout.watch(policy.model, iteration, log)
@@ -88,7 +90,8 @@ def train(
             )  # fmt: skip
             if iteration == 0:
                 check_start(learner.acting, criticising, reward, experience, metrics, tokenizer.pad_token_id)
-            generated += int(metrics.pop("tokens_total"))
+            generated += int(metrics.pop("tokens_generated"))
+            read += int(metrics.pop("tokens_read"))
             experience, explained = attempt.advantages(accelerate, experience, settings)
             metrics |= explained
             learner.train_policy = iteration >= getattr(settings, "value_warmup", 0)
@@ -107,7 +110,7 @@ def train(
                 iteration + 1,
             )
         heldout.watch(policy.model, settings.iterations, log)
-    return Totals(learner.trained, generated)
+    return Totals(learner.trained, generated, read + learner.read)
 
 
 def new_learner(policy: Policy, reward: Scorer, corpus: Sequence[Tokens], settings: Rl, pad: int, seed: int) -> Learner:

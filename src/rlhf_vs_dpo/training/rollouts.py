@@ -107,6 +107,8 @@ def rollout(
             if criticising is not None:
                 flat["values"][place] = state_values(criticising, batch)
             score[group] = last(reward(batch), batch.response_mask)
+    passes = 3 + (criticising is not None)  # policy, reference and reward model, each over prompt and response
+    read = drawn.tokens_read + passes * sum(len(example) for example in tokens)
     raw = score
     # A response that never ended has no EOS to be scored at: its reward is set, not corrected.
     score = torch.where(finished, score, settings.unfinished_reward)
@@ -125,7 +127,8 @@ def rollout(
         "kl_standard_error": max(means[6] - means[1] ** 2, 0.0) ** 0.5 / sums[-1] ** 0.5,
         "kl_coefficient": beta,
         "entropy": float(accelerate.reduce(flat["entropy"].sum()) / count),
-        "tokens_total": count,
+        "tokens_generated": count,
+        "tokens_read": float(accelerate.reduce(torch.tensor(float(read), device=device))),
     }
     return episodes, metrics
 
