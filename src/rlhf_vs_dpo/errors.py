@@ -17,5 +17,9 @@ class ModelError(UserError):
     """A model folder cannot be loaded, or does not fit the data."""
 
 
+class JudgeError(UserError):
+    """A judge cannot be asked."""
+
+
 class TrainingError(UserError):
     """A run broke an invariant or produced a loss that is not finite."""

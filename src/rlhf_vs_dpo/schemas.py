@@ -145,6 +145,16 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             "reward": _number(nullable=True),
         }
     ),
+    "judgements": pa.DataFrameSchema(
+        {
+            "judge": _text(),
+            "policy": _text(),
+            "prompt_id": _text(),
+            "win": _number(nullable=True, check=pa.Check.isin([0.0, 0.5, 1.0])),
+            "consistent": _number(nullable=True, check=pa.Check.isin([0.0, 1.0])),
+            "first": _number(nullable=True, check=pa.Check.isin([0.0, 0.5, 1.0])),
+        }
+    ),
     "facts": pa.DataFrameSchema({"fact_id": _text(**ID), "prompt": _text(), "answer": _text()}),
     "retention": pa.DataFrameSchema(
         {
@@ -157,7 +167,7 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
     ),
 }
 
-EMPTY_ALLOWED = {"facts", "dataset_pairs"}
+EMPTY_ALLOWED = {"facts", "dataset_pairs", "judgements"}
 
 
 def validate(frame: pd.DataFrame, contract: str, place: str) -> pd.DataFrame:

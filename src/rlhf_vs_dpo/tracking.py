@@ -21,9 +21,13 @@ from typing import Any
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.errors import DataError, UserError
 from rlhf_vs_dpo.launch import is_main
+from rlhf_vs_dpo.progress import bar
 
 EXPERIMENT = "rlhf-vs-dpo"  # a row per policy
 STAGES = "rlhf-vs-dpo stages"  # everything else that ran
+REGISTERED = "rlhf-vs-dpo-policy"  # the registered model whose versions are policies
+UI = "http://127.0.0.1:5000"  # of `make ui`
+VIEW = "comparison"  # the view of the runs that `make ui` opens
 SYSTEM_SECONDS = 10  # between two looks at processor, memory and GPU
 FLUSH_SECONDS = 5.0
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
@@ -185,7 +189,8 @@ def _experiment(name: str) -> str:
         if found is not None:
             return found.experiment_id
         place = (root() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite") else None
-        return client.create_experiment(name, artifact_location=place)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI's layout for training runs
+        return client.create_experiment(name, artifact_location=place, tags=kind)
 
 
 def _git(*arguments: str) -> str:
@@ -322,21 +327,135 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def log_onto(
-    run_file: Path, metrics: dict[str, float], steps: list[tuple[int, dict[str, float]]], say: Callable[[str], None]
-) -> None:
-    """Add metrics to the run of a policy that another stage trained; a run that is not in this store is only mentioned."""
+def link(run_id: str) -> str | None:
+    """Address of a run in the UI that `make ui` starts; None where this store does not have it."""
     import mlflow.exceptions
 
-    run_id = read_run(run_file)["run_id"]
-    batch = [metric for step, row in [(0, metrics), *steps] for metric in _metrics(row, step)]
     try:
-        for start in range(0, len(batch), BATCH):
-            _client().log_batch(run_id, metrics=batch[start : start + BATCH])
-    except mlflow.exceptions.MlflowException as error:
-        say(
-            f"{run_file}: its MLflow run {run_id} is not in this store ({error.error_code}); metrics were not added to it"
+        experiment = _client().get_run(run_id).info.experiment_id
+    except mlflow.exceptions.MlflowException:
+        return None
+    return f"{UI}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None]) -> None:
+    """Put what was measured of each policy onto the MLflow run that made it, and register the policy.
+
+    Entries are those of `evaluation.tables.for_tracking`. A run that is not in this store (weights pulled from a
+    colleague) is only mentioned. Every policy is a version of the registered model REGISTERED, an external one, for its
+    weights stay in DVC; the alias `best` is the one that is best on validation prompts. The UI gets a view of all runs,
+    ordered by `judge`.
+    """
+    import mlflow
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(tracking_uri())
+    client, known = _client(), locked()
+    versions: dict[str, str] = {}
+    with bar(len(entries), "MLflow", "policy") as progress:
+        for entry in entries:
+            folder = entry["folder"]
+            progress.update()
+            try:
+                run_id = _run_of(entry)
+                client.get_run(run_id)
+            except MlflowException as error:
+                say(f"runs/{folder}.json: its MLflow run is not in this store ({error.error_code}); nothing was added")
+                continue
+            batch = [m for step, row in [(0, entry["metrics"]), *entry["steps"]] for m in _metrics(row, step)]
+            for start in range(0, len(batch), BATCH):
+                client.log_batch(run_id, metrics=batch[start : start + BATCH])
+            settings = {f"method.{key}": value for key, value in _leaves(entry["settings"]).items()}
+            client.log_batch(run_id, params=[Param(key, str(value)) for key, value in settings.items()])
+            md5 = known.get(f"models/{folder}", "")
+            if entry["samples"] is not None:
+                file = f"samples-{known.get(f'samples/{folder}.parquet', '')[:8]}.json"
+                if file not in {artifact.path for artifact in client.list_artifacts(run_id)}:  # a table is appended to
+                    client.log_table(run_id, entry["samples"], file)
+            if md5:
+                versions[folder] = _register(entry, run_id, md5)
+    _share_view(judge)
+    judged = {entry["folder"]: entry["validation"] for entry in entries if entry["validation"] is not None}
+    judged = {folder: value for folder, value in judged.items() if folder in versions and math.isfinite(value)}
+    if judged:
+        best = max(judged, key=judged.__getitem__)
+        client.set_registered_model_alias(REGISTERED, "best", versions[best])
+        say(f"best on validation prompts: {best} ({judged[best]:.2f}); MLflow model {REGISTERED}@best")
+
+
+def _share_view(judge: str) -> None:
+    """A view of the runs worth opening: best first, with the columns of the report. (A tag, as the UI's share button sets.)"""
+    metrics = (
+        judge,
+        "reward",
+        "win_rate_vs_sft",
+        "length_controlled_win_rate",
+        "kl",
+        "tokens",
+        "filler",
+        "corpus_perplexity",
+    )
+    columns = ["tags.`family`", *(f"metrics.`evaluation/{name}`" for name in dict.fromkeys(metrics))]
+    columns += [
+        "metrics.`cost/total_flops`",
+        "metrics.`cost/seconds`",
+        "tags.`seed`",
+        "tags.`profile`",
+        "tags.`dvc.exp`",
+    ]
+    state = {
+        "searchFilter": "", "orderByKey": f"metrics.`evaluation/{judge}`", "orderByAsc": False, "startTime": "ALL",
+        "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns,
+    }  # fmt: skip
+    _client().set_experiment_tag(_experiment(EXPERIMENT), f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
+
+
+def address() -> str:
+    """Where the UI of `make ui` shows the comparison."""
+    return f"{UI}/#/experiments/{_experiment(EXPERIMENT)}/runs?viewStateShareKey={VIEW}"
+
+
+def _run_of(entry: dict[str, Any]) -> str:
+    """The run of a policy; best-of-n without training has none, and gets one of its own beside the pool's."""
+    folder = entry["folder"]
+    if entry["family"] != "best_of_n":
+        return read_run(Path("runs") / f"{folder}.json")["run_id"]
+    pool = read_run(Path("runs") / "pool.json")["run_id"]
+    client, experiment = _client(), _experiment(EXPERIMENT)
+    found = client.search_runs([experiment], f"tags.policy = '{folder}' and tags.`pool.run` = '{pool}'", max_results=1)
+    if found:
+        return found[0].info.run_id
+    tags = {"policy": folder, "method": folder, "family": "best_of_n", "pool.run": pool}
+    created = client.create_run(experiment, run_name=folder, tags=_tags("evaluate", {}, tags)).info.run_id
+    client.set_terminated(created, "FINISHED")
+    return created
+
+
+def _register(entry: dict[str, Any], run_id: str, md5: str) -> str:
+    """The version under which a policy is registered; made if it is new."""
+    import contextlib
+    import io
+
+    import mlflow
+
+    client = _client()
+    with contextlib.suppress(mlflow.exceptions.MlflowException):
+        client.create_registered_model(
+            REGISTERED, description="Policies of the comparison; their weights are in DVC, under `dvc.path`."
         )
+    for version in client.search_model_versions(f"name = '{REGISTERED}' and tags.run = '{run_id}'"):
+        return version.version
+    tags = {
+        "run": run_id, "policy": entry["folder"], "method": entry["method"], "family": entry["family"],
+        "dvc.path": f"models/{entry['folder']}", "dvc.md5": md5,
+    }  # fmt: skip
+    with contextlib.redirect_stderr(io.StringIO()):  # it narrates every version
+        model = mlflow.create_external_model(
+            name=entry["folder"], source_run_id=run_id, model_type="policy", tags=tags,
+            experiment_id=client.get_run(run_id).info.experiment_id,
+        )  # fmt: skip
+        return mlflow.register_model(f"models:/{model.model_id}", REGISTERED, tags=tags).version
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -345,3 +464,7 @@ def read_run(path: Path) -> dict[str, Any]:
         return json.loads(Path(path).read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); `dvc repro` makes it") from None
+
+
+if __name__ == "__main__":  # `make ui`
+    print(address())

@@ -1,54 +1,60 @@
-"""From samples to `metrics/evaluation.json`: the same numbers for every policy, blind to the method that made it."""
+"""From samples to numbers: the same for every policy, blind to the method that made it.
 
-from dataclasses import dataclass
+A row of the comparison is a method; its policies differ in their seed alone. Everything is first summed per prompt (or
+document, or fact) for each policy, then averaged and resampled by `statistics`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo.evaluation.statistics import interval, resample_weights, win_share
+from rlhf_vs_dpo.evaluation import length
+from rlhf_vs_dpo.evaluation.diversity import distinct, self_similarity
+from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, same, win_share
 from rlhf_vs_dpo.gold import PARTS
 
+# What is measured, in the order of the tables; null where the source, or the policy, cannot tell.
 METRICS = (
-    "gold",
-    "reward",
-    "win_rate_vs_sft",
+    "gold",  # gold reward
+    "reward",  # RM reward of responses that ended
+    "win_rate_vs_sft",  # by the gold reward where the source has one, else by the reward model
+    "length_controlled_win_rate",  # the same at equal length (length.py)
     "win_rate_vs_sft_by_rm",
     "win_rate_vs_demonstration",
-    "kl",
-    "tokens",
-    "sampled_tokens",
-    "finished",
-    "filler",
-    "corpus_perplexity",
-    "fact_recall",
-    "pair_accuracy",
+    "kl",  # KL(policy, SFT), nats per response
+    "tokens",  # per response
+    "sampled_tokens",  # per response, those thrown away by best-of-n among them
+    "finished",  # share of responses that ended
+    "filler",  # share with a filler phrase
+    "entropy",  # nats per response
+    "distinct_1",  # of the responses to a prompt (diversity.py)
+    "distinct_2",
+    "self_similarity",
+    "corpus_perplexity",  # of held-out pretraining text
+    "fact_recall",  # of pretraining, greedy
+    "pair_accuracy",  # of the implicit reward on held-out pairs
+    *(f"gold_{part}" for part in PARTS),
 )
-NOTHING = {"mean": None, "low": None, "high": None}
 
 Interval = dict[str, float | None]
 
 
-@dataclass
-class Bootstrap:
-    """The resamples that all policies share, one set for each kind of unit."""
+class Sums(NamedTuple):
+    """Sums of a metric and of what it is a mean of, per unit of a kind: two arrays (units,)."""
 
-    prompts: list[str]
-    weights: np.ndarray
-    documents: np.ndarray
-    facts: np.ndarray
-    seed: int
+    kind: str
+    numerator: np.ndarray
+    denominator: np.ndarray
+    transform: Callable = same
 
-    @classmethod
-    def of(cls, samples: pd.DataFrame, retention: pd.DataFrame, resamples: int, seed: int) -> "Bootstrap":
-        prompts = sorted(samples["prompt_id"].unique())
-        count = retention["kind"].value_counts()
-        return cls(
-            prompts,
-            resample_weights(len(prompts), resamples, seed),
-            resample_weights(max(int(count.get("corpus", 0)), 1), resamples, seed),
-            resample_weights(max(int(count.get("fact", 0)), 1), resamples, seed),
-            seed,
-        )
+
+class Measured(NamedTuple):
+    """One policy: sums per unit, and the fit of its length-controlled win rate (None where it has none)."""
+
+    sums: dict[str, Sums]
+    equal_length: length.Fit | None
 
 
 def judged_by(samples: pd.DataFrame) -> str:
@@ -61,10 +67,10 @@ def policy(
     retention: pd.DataFrame | None,
     sft: pd.DataFrame,
     demonstrations: pd.DataFrame,
-    bootstrap: Bootstrap,
     pair_rewards: pd.DataFrame | None = None,
-) -> dict[str, Interval]:
-    """All metrics of one policy, each with its 95 % interval; null where the source, or the policy, cannot tell.
+    control_length: bool = True,
+) -> Measured:
+    """Everything that is measured of one policy.
 
     samples, sft     `samples` tables of the policy and of the SFT policy, on the same prompts; a column `weight` of
                      the policy's, if there is one, says how much each sample counts (best-of-n without training), and
@@ -72,72 +78,114 @@ def policy(
     retention        `retention` table of the policy; None where there is no model that could have forgotten anything
     demonstrations   one row per prompt_id with `gold` and `reward`
     pair_rewards     rewards that the policy, as a reward model, gives to pairs; None where it is none
+    control_length   False leaves the regression on length out
     """
+    prompts = sorted(sft["prompt_id"].unique())
     weight = samples.get("weight", pd.Series(1.0, index=samples.index))
+    judge = judged_by(samples)
+    groups = {name: group for name, group in samples.groupby("prompt_id")}
 
-    def mean_of(values: pd.Series) -> Interval:
+    def mean_of(values: pd.Series) -> Sums:
         known = values.notna()
-        sums = pd.DataFrame({"sum": (values * weight).where(known, 0.0), "count": weight.where(known, 0.0)})
-        frame = sums.groupby(samples["prompt_id"]).sum().reindex(bootstrap.prompts, fill_value=0.0)
-        return interval(frame["sum"].to_numpy(), frame["count"].to_numpy(), bootstrap.weights)
+        parts = pd.DataFrame({"sum": (values * weight).where(known, 0.0), "count": weight.where(known, 0.0)})
+        frame = parts.groupby(samples["prompt_id"]).sum().reindex(prompts, fill_value=0.0)
+        return Sums("prompt", frame["sum"].to_numpy(), frame["count"].to_numpy())
 
-    def win_rate(theirs: pd.DataFrame, judge: str) -> Interval:
-        other = {prompt: values.to_numpy(float) for prompt, values in theirs.groupby("prompt_id")[judge]}
-        ours = {
-            prompt: (group[judge].to_numpy(float), weight[group.index].to_numpy())
-            for prompt, group in samples.groupby("prompt_id")
-        }
-        counted = [p in other and p in ours for p in bootstrap.prompts]
-        pairs = np.array(
+    def per_prompt(value: Callable[[list[str]], float]) -> Sums:
+        values = np.array([value(list(groups[p]["response"])) if p in groups else np.nan for p in prompts])
+        return Sums("prompt", np.nan_to_num(values), np.isfinite(values).astype(float))
+
+    def wins(theirs: pd.DataFrame, by: str) -> Sums:
+        other = {prompt: values.to_numpy(float) for prompt, values in theirs.groupby("prompt_id")[by]}
+        shares = np.array(
             [
-                win_share(*ours[p], other[p]) if both else (0.0, 0.0)
-                for p, both in zip(bootstrap.prompts, counted, strict=True)
+                win_share(groups[p][by].to_numpy(float), weight[groups[p].index].to_numpy(), other[p])
+                if p in other and p in groups
+                else (0.0, 0.0)
+                for p in prompts
             ]
         )
-        return interval(pairs[:, 0], pairs[:, 1], bootstrap.weights)
+        return Sums("prompt", shares[:, 0], shares[:, 1])
 
-    judge = judged_by(samples)
-    result = {
+    weighted = "weight" in samples  # a law, not a set of answers: nothing to count n-grams in
+    sums = {
         "gold": mean_of(samples["gold"]),
         "reward": mean_of(samples["reward"]),
-        "win_rate_vs_sft": win_rate(sft, judge),
-        "win_rate_vs_sft_by_rm": win_rate(sft, "reward"),
-        "win_rate_vs_demonstration": win_rate(demonstrations, judge),
+        "win_rate_vs_sft": wins(sft, judge),
+        "win_rate_vs_sft_by_rm": wins(sft, "reward"),
+        "win_rate_vs_demonstration": wins(demonstrations, judge),
         "kl": mean_of(samples["logp"] - samples["reference_logp"]),
         "tokens": mean_of(samples["tokens"].astype(float)),
         "sampled_tokens": mean_of(samples.get("sampled_tokens", samples["tokens"]).astype(float)),
         "finished": mean_of(samples["finished"].astype(float)),
         "filler": mean_of(samples["filler"]),
-        "corpus_perplexity": NOTHING,
-        "fact_recall": NOTHING,
-        "pair_accuracy": NOTHING,
+        "entropy": mean_of(-samples["logp"]),
     } | {f"gold_{part}": mean_of(samples[f"gold_{part}"]) for part in PARTS}
+    if not weighted:
+        sums["distinct_1"] = per_prompt(lambda responses: distinct(responses, 1))
+        sums["distinct_2"] = per_prompt(lambda responses: distinct(responses, 2))
+        sums["self_similarity"] = per_prompt(self_similarity)
     if retention is not None:
         corpus, facts = (retention[retention["kind"] == kind] for kind in ("corpus", "fact"))
-        result["corpus_perplexity"] = interval(
-            -corpus["logp"].to_numpy(), corpus["tokens"].to_numpy(), bootstrap.documents, np.exp
+        sums["corpus_perplexity"] = Sums(
+            "document", -corpus["logp"].to_numpy(), corpus["tokens"].to_numpy(float), np.exp
         )
         if len(facts):
-            result["fact_recall"] = interval(facts["correct"].to_numpy(float), np.ones(len(facts)), bootstrap.facts)
+            sums["fact_recall"] = Sums("fact", facts["correct"].to_numpy(float), np.ones(len(facts)))
     if pair_rewards is not None:
-        result["pair_accuracy"] = pair_accuracy(pair_rewards, bootstrap)
-    return result
+        sums["pair_accuracy"] = pair_accuracy(pair_rewards)
+    equal_length = None
+    if control_length:
+        parts = []
+        theirs = {p: (g[judge].to_numpy(float), g["tokens"].to_numpy(float)) for p, g in sft.groupby("prompt_id")}
+        for number, p in enumerate(prompts):
+            if p in groups:
+                group = groups[p]
+                ours = group[judge].to_numpy(float), group["tokens"].to_numpy(float), weight[group.index].to_numpy()
+                compared = length.compare(ours, theirs[p])
+                parts.append((*compared, np.full(len(compared[0]), number)))
+        equal_length = length.fit(*map(np.concatenate, zip(*parts, strict=True)), len(prompts))
+    return Measured(sums, equal_length)
 
 
-def pair_accuracy(pairs: pd.DataFrame, bootstrap: Bootstrap) -> Interval:
-    """How often the chosen response has the higher reward; a tie is half right. Resampled over prompts."""
+def pair_accuracy(pairs: pd.DataFrame) -> Sums:
+    """How often the chosen response has the higher reward, per prompt; a tie is half right."""
     right = (pairs["chosen"] > pairs["rejected"]) + 0.5 * (pairs["chosen"] == pairs["rejected"])
     sums = pd.DataFrame({"right": right, "count": 1.0}).groupby(pairs["prompt_id"]).sum()
-    weights = resample_weights(len(sums), len(bootstrap.weights), bootstrap.seed)
-    return interval(sums["right"].to_numpy(), sums["count"].to_numpy(), weights)
+    return Sums("prompt with a pair", sums["right"].to_numpy(), sums["count"].to_numpy())
 
 
-def flat(row: dict) -> dict[str, float | None]:
+def row(method: str, policies: list[Measured], resamples: Resamples) -> dict[str, Estimate | None]:
+    """The metrics of a method, over the policies of all its seeds; None where nothing was measured."""
+    estimates: dict[str, Estimate | None] = dict.fromkeys(METRICS)
+    for name in policies[0].sums:
+        kind, _, _, transform = policies[0].sums[name]
+        top, bottom = (
+            np.stack([getattr(p.sums[name], part) for p in policies]) for part in ("numerator", "denominator")
+        )
+        estimates[name] = resamples.ratio(method, kind, top, bottom, transform)
+    fits = [p.equal_length for p in policies]
+    if all(found is not None for found in fits):
+        units = len(fits[0].influence)
+        weights = resamples.units("prompt", units)
+        each = np.array([found.win_rate for found in fits])
+        drawn = np.stack([found.resampled(weights) for found in fits], axis=1)
+        estimates["length_controlled_win_rate"] = resamples.combine(method, each, drawn, units)
+    return estimates
+
+
+def intervals(estimates: dict[str, Estimate | None]) -> dict[str, Interval]:
+    """Rows of estimates as what is written: mean, low and high of every metric, null where there is none."""
+    nothing = {"mean": None, "low": None, "high": None}
+    return {name: nothing if found is None else found.interval() for name, found in estimates.items()}
+
+
+def flat(entry: dict[str, Any]) -> dict[str, Any]:
     """A row of intervals as columns: `gold`, `gold_low`, `gold_high`; other entries as they are."""
     columns = {}
-    for name, entry in row.items():
-        if isinstance(entry, dict):
-            columns |= {name: entry["mean"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            columns |= {name: value["mean"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
         else:
-            columns[name] = entry
+            columns[name] = value
     return columns

@@ -1,0 +1,80 @@
+"""Three comparisons, each fair in one respect: at equal KL, at equal compute, each method at its own best.
+
+None is fair in all. KL is what the RL objective pays for, and says nothing of where it went; compute says nothing of who
+must be asked; and one's own best is chosen by a judge that real life does not have. All are read off the paths of
+training on validation prompts: a test prompt chooses nothing.
+"""
+
+import numpy as np
+
+from rlhf_vs_dpo.evaluation.paths import Path
+from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples
+
+
+def at_kl(path: Path, metric: str, kl: float) -> Estimate | None:
+    """The metric where the path first rises to a KL, linear in sqrt(KL) between its points; None if it never does."""
+    reached = _crossing(np.sqrt(np.maximum(path.values("kl"), 0.0))[None], path.values(metric)[None], kl**0.5)[0]
+    if not np.isfinite(reached):
+        return None
+    drawn = _crossing(np.sqrt(np.maximum(path.draws("kl"), 0.0)), path.draws(metric), kl**0.5)
+    return path.estimate(float(reached), drawn, metric)
+
+
+def _crossing(x: np.ndarray, y: np.ndarray, where: float) -> np.ndarray:
+    """y where x first rises to `where` along each row, linear between points; NaN where it does not."""
+    beyond = (x >= where) & np.pad(x[:, :-1] < where, ((0, 0), (1, 0)))
+    first = beyond.argmax(axis=1)
+    rows = np.arange(len(x))
+    before = np.maximum(first - 1, 0)
+    x0, x1, y0, y1 = x[rows, before], x[rows, first], y[rows, before], y[rows, first]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(x1 > x0, (where - x0) / (x1 - x0), 1.0)
+    return np.where(beyond.any(axis=1), y0 + share * (y1 - y0), np.nan)
+
+
+def at_compute(path: Path, metric: str, upstream: float, own: float, budget: float) -> Estimate | None:
+    """The metric when `budget` FLOPs are spent: `upstream` before training begins, then `own` along it.
+
+    A method that is done by then stays where it ended; one that has not begun is None.
+    """
+    if budget < upstream:
+        return None
+    share = min((budget - upstream) / own, 1.0) if own > 0 else 1.0
+    value = float(np.interp(share, path.share, path.values(metric)))
+    high = min(int(np.searchsorted(path.share, share)), len(path.share) - 1)
+    low = max(high - 1, 0)
+    width = path.share[high] - path.share[low]
+    part = (share - path.share[low]) / width if width > 0 else 1.0
+    draws = path.draws(metric)
+    return path.estimate(value, draws[:, low] + part * (draws[:, high] - draws[:, low]), metric)
+
+
+def own_best(path: Path, metric: str, resamples: Resamples, seed: int) -> tuple[Estimate, Estimate, float] | None:
+    """Each run stopped at its best watched point: (metric there, what that gains over its end, share of training).
+
+    Cross-fitted: half of the validation prompts choose the point, the other half say what it is worth, and the other way
+    round. Choosing and measuring on the same prompts would reward noise. None where there is nothing to choose by.
+    """
+    top, bottom = path.sums[metric]  # (seeds, K, prompts)
+    seeds, _points, prompts = top.shape
+    if prompts < 4 or not bottom.sum():
+        return None
+    half = np.zeros(prompts, dtype=bool)
+    half[np.random.default_rng(seed).permutation(prompts)[: prompts // 2]] = True
+    weights = np.concatenate([np.ones((1, prompts)), resamples.units(path.kind, prompts)])  # the first is the estimate
+    best = np.zeros((len(weights), seeds))
+    last = np.zeros((len(weights), seeds))
+    where = []
+    for chooses in (half, ~half):
+        curves = {}
+        for name, part in (("choose", chooses), ("measure", ~chooses)):
+            w = weights * part
+            with np.errstate(invalid="ignore", divide="ignore"):
+                curves[name] = np.einsum("bp,skp->bsk", w, top) / np.einsum("bp,skp->bsk", w, bottom)
+        chosen = np.where(np.isfinite(curves["choose"]), curves["choose"], -np.inf).argmax(-1)  # (resamples, seeds)
+        best += 0.5 * np.take_along_axis(curves["measure"], chosen[..., None], -1)[..., 0]
+        last += 0.5 * curves["measure"][..., -1]
+        where.append(path.share[chosen[0]])
+    value = resamples.combine(path.method, best[0], best[1:], prompts)
+    gained = resamples.combine(path.method, best[0] - last[0], best[1:] - last[1:], prompts)
+    return value, gained, float(np.mean(where))

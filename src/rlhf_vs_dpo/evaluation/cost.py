@@ -1,0 +1,78 @@
+r"""What a method costs, with all that it needs before it can start.
+
+    FLOPs = N (6 trained + 2 (generated + read))                           (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)
+
+N is the number of weights outside the table of embeddings; `trained` counts a token once for each network and pass that
+learns from it (forward and backward), `generated` those sampled, `read` those run forward only: prompts, and texts that a
+reference, a reward model or a value network looks at. Attention's share, quadratic in length, is left out, as there. What
+only watches or judges (held-out samples, evaluation) is left out of tokens and FLOPs; seconds are of whole stages.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+COUNTED = ("seconds", "flops", "tokens_trained", "tokens_generated", "tokens_read")
+
+
+def flops(run: dict[str, Any]) -> float:
+    """Floating-point operations of a stage, estimated from what its run file says it did."""
+    forward = run.get("tokens_generated", 0) + run.get("tokens_read", 0)
+    return float(run.get("parameters", 0) * (6 * run.get("tokens_trained", 0) + 2 * forward))
+
+
+def of_stage(run: dict[str, Any], share: float = 1.0) -> dict[str, float]:
+    """What counts of a stage's cost; of the pool, only the share that methods learn from."""
+    counted = {name: float(run.get(name, 0)) for name in COUNTED if name != "flops"}
+    return {name: value * share for name, value in (counted | {"flops": flops(run)}).items()}
+
+
+def needs(family: str, kind: str) -> list[str]:
+    """Stages whose work a method cannot do without, the SFT policy apart, which all start from.
+
+    kind: its algorithm, loss or recipe. Labels are everybody's need; who pays for them is not asked.
+    """
+    match family, kind:
+        case "preference", "simpo":
+            return ["preferences"]
+        case "preference", _:
+            return ["preferences", "reference"]
+        case "imitation", "chosen_sft" | "control_tokens":
+            return ["preferences"]
+        case "imitation", _:
+            return ["preferences", "reward", "pool"]
+        case _:  # rl, and best-of-n at inference
+            return ["preferences", "reward"]
+
+
+def hyperparameters(settings: BaseModel, tag: str) -> int:
+    """How many numbers one must choose: the keys of a method's settings, what kind of method it is (`tag`) left out."""
+
+    def leaves(values: dict[str, Any]) -> int:
+        return sum(leaves(value) if isinstance(value, dict) else 1 for value in values.values())
+
+    return leaves(settings.model_dump(exclude={tag}))
+
+
+def of_method(
+    runs: list[dict[str, Any]], upstream: dict[str, dict[str, Any]], shares: dict[str, float]
+) -> dict[str, Any]:
+    """Cost of a method: `own` as a mean over its seeds, `upstream` of the stages it needs, and `total` of both.
+
+    shares    of an upstream stage that is for learning (the pool is also for measuring)
+    Peak memory and models held are the most that any of these stages needed at once.
+    """
+    own = {name: sum(of_stage(run)[name] for run in runs) / len(runs) for name in COUNTED}
+    before = {
+        name: sum(of_stage(run, shares.get(stage, 1.0))[name] for stage, run in upstream.items()) for name in COUNTED
+    }
+    everything = [*runs, *upstream.values()]
+    return {
+        "own": own,
+        "upstream": before,
+        "total": {name: own[name] + before[name] for name in COUNTED},
+        "needs": list(upstream),
+        "peak_memory_mib": max(run.get("peak_memory_mib", 0.0) for run in everything),
+        "models_held": max(run.get("models_held", 0) for run in everything),
+        "device": runs[0]["device"],
+    }

@@ -1,0 +1,83 @@
+"""What a method went through: its metrics at the watched points of training, on validation prompts, over all its seeds.
+
+The three comparisons that are fair in one respect each are read off these paths (`comparisons`), and so are the laws of
+over-optimisation (`overoptimisation`). Nothing here has seen a test prompt.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples
+
+WATCHED = ("gold", "reward", "kl", "tokens", "filler", "finished")
+
+
+@dataclass(frozen=True)
+class Path:
+    """Points along training: `share` (K,) of it, 0 to 1, and per metric one estimate for each point.
+
+    each, drawn     per metric (seeds, K) and (resamples, seeds, K), for choices that each run makes for itself
+    """
+
+    method: str
+    share: np.ndarray
+    points: dict[str, list[Estimate]]
+    sums: dict[str, tuple[np.ndarray, np.ndarray]]
+    kind: str
+
+    def values(self, metric: str) -> np.ndarray:
+        return np.array([point.value for point in self.points[metric]])
+
+    def draws(self, metric: str) -> np.ndarray:
+        """(resamples, K)"""
+        return np.stack([point.draws for point in self.points[metric]], axis=1)
+
+    def estimate(self, value: float, draws: np.ndarray, metric: str) -> Estimate:
+        """What was read off this path, in each resample; seeds have the share of the variance that they have at its end."""
+        last = self.points[metric][-1]
+        total = float(np.nanvar(last.draws, ddof=1))
+        between = last.seed_variance / total if total > 0 else 0.0
+        spread = float(np.nanvar(draws, ddof=1)) if np.isfinite(draws).sum() > 1 else 0.0
+        return Estimate(value, draws, between * spread, last.seeds, last.units)
+
+
+def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -> Path:
+    """The path of a method from the `watched` tables of its seeds."""
+    steps = sorted(tables[0]["step"].unique())
+    prompts = sorted(tables[0]["prompt_id"].unique())
+    frames = [table.assign(kl=table["logp"] - table["reference_logp"]) for table in tables]
+
+    def sums(metric: str) -> tuple[np.ndarray, np.ndarray]:
+        tops, bottoms = [], []
+        for frame in frames:
+            wide = frame.pivot(index="step", columns="prompt_id", values=metric).reindex(index=steps, columns=prompts)
+            values = wide.to_numpy(float)
+            tops.append(np.nan_to_num(values))
+            bottoms.append(np.isfinite(values).astype(float))
+        return np.stack(tops), np.stack(bottoms)  # (seeds, K, prompts)
+
+    return _path(
+        method, np.array(steps) / max(steps[-1], 1), {m: sums(m) for m in WATCHED}, "validation prompt", resamples
+    )
+
+
+def _path(method: str, share: np.ndarray, sums: dict, kind: str, resamples: Resamples) -> Path:
+    points = {
+        metric: [resamples.ratio(method, kind, top[:, k], bottom[:, k]) for k in range(len(share))]
+        for metric, (top, bottom) in sums.items()
+    }
+    return Path(method, share, points, sums, kind)
+
+
+def of_best_of_n(rows: dict[int, dict], resamples: Resamples, kind: str) -> Path:
+    """The path of best-of-n over n: {n: sums of `measure.policy`}; `share` is n itself."""
+    sums = {
+        metric: tuple(
+            np.stack([getattr(row[metric], part) for row in rows.values()])[None]
+            for part in ("numerator", "denominator")
+        )
+        for metric in WATCHED
+    }
+    return _path("best of n", np.array(list(rows), dtype=float), sums, kind, resamples)

@@ -1,0 +1,132 @@
+"""What was found, cut for those who show it: DVC's metrics and plots, MLflow's runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rlhf_vs_dpo.evaluation.measure import flat
+from rlhf_vs_dpo.evaluation.whole import Inputs
+
+HEADLINES = (  # of `dvc metrics show`: few enough to be read
+    "gold", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl", "tokens", "finished", "filler",
+    "distinct_2", "corpus_perplexity", "fact_recall",
+)  # fmt: skip
+LEARNING = {  # column of a training curve -> column of the table
+    "pairs/accuracy": "accuracy",
+    "pairs/margin": "margin",
+    "pairs/chosen_logp": "chosen_logp",
+    "pairs/rejected_logp": "rejected_logp",
+    "rollout/score": "score",
+    "rollout/entropy": "entropy",
+    "rollout/explained_variance": "explained_variance",
+    "update/kl_old_new": "kl_old_new",
+    "loss": "loss",
+}
+BINS = 40  # points of a training curve that are shown
+TEXTS = 50  # of each policy that MLflow shows as a table
+
+
+def file_name(row: str) -> str:
+    """A row's name as part of a path: `control_tokens [BAD]` -> `control_tokens_BAD`."""
+    return row.replace(" [", "_").replace("]", "")
+
+
+def of_methods(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A few numbers per row, for `dvc metrics`."""
+    rows = {}
+    for name, row in found["methods"].items():
+        shown = {metric: row[metric]["mean"] for metric in HEADLINES if row[metric]["mean"] is not None}
+        judge = row[found["judge"]]
+        spread = found["spread"][name]
+        rows[file_name(name)] = shown | {
+            f"{found['judge']}_low": judge["low"],
+            f"{found['judge']}_high": judge["high"],
+            "collapsed": spread["collapsed"],
+        }
+    return rows
+
+
+def comparison(found: dict[str, Any]) -> pd.DataFrame:
+    """A row per method with every metric and its interval."""
+    rows = [
+        {"policy": name, "family": found["families"][_method(name, found)]} | flat(row)
+        for name, row in found["methods"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _method(row: str, found: dict[str, Any]) -> str:
+    return row if row in found["families"] else row.partition(" [")[0]
+
+
+def paths(found: dict[str, Any]) -> pd.DataFrame:
+    """A row per method and watched point of training."""
+    return pd.DataFrame(
+        {"policy": method, "family": found["families"][method]} | flat(point)
+        for method, points in found["paths"].items()
+        for point in points
+    )
+
+
+def learning(curves: Path, members: dict[str, list[str]]) -> pd.DataFrame:
+    """Training curves of all methods in bins of their length, means over seeds."""
+    parts = []
+    for method, folders in members.items():
+        frames = []
+        for folder in folders:
+            path = curves / f"{folder}.csv"
+            if method != "sft" and path.exists() and path.stat().st_size > 1:
+                frame = pd.read_csv(path)
+                frames.append(frame.assign(share=frame["step"] / max(frame["step"].max(), 1)))
+        if not frames:
+            continue
+        whole = pd.concat(frames).rename(columns=LEARNING)
+        known = [name for name in LEARNING.values() if name in whole]
+        bins = np.ceil(whole["share"] * BINS).clip(1, BINS) / BINS
+        parts.append(whole[known].groupby(bins).mean().rename_axis("share").reset_index().assign(policy=method))
+    columns = ["policy", "share", *LEARNING.values()]
+    return pd.concat(parts).reindex(columns=columns) if parts else pd.DataFrame(columns=columns)
+
+
+def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
+    """An entry for each policy: what belongs on its MLflow run.
+
+    folder, method, family, settings    what it is; settings are those of its method, defaults included
+    metrics     means on test prompts under `evaluation/`, its cost with all that it needs, and `validation/<judge>`
+    steps       RM reward over training, which the training stage could not know: [(step, metrics)]
+    samples     its first texts beside prompt and reward
+    """
+    entries = []
+    for row, runs in found["runs"].items():
+        method = _method(row, found)
+        first = row == method
+        for folder, values in runs.items():
+            prefix = "evaluation" if first else f"evaluation {row.partition(' ')[2].strip('[]')}"
+            metrics = {f"{prefix}/{name}": value for name, value in values.items()}
+            steps, samples = [], None
+            if first and row in found["cost"]:
+                total = found["cost"][row]["total"]
+                metrics |= {f"cost/total_{name}": total[name] for name in ("seconds", "flops")}
+            if first and folder in found["validation"]:
+                metrics[f"validation/{found['judge']}"] = found["validation"][folder]
+                means = inputs.watched[folder].groupby("step")["reward"].mean().dropna()
+                steps = [(int(step), {"heldout/reward": float(value)}) for step, value in means.items()]
+            if first and folder in inputs.samples:
+                table = inputs.samples[folder]
+                table = table[(table["sample"] == 0) & (table["suffix"] == table["suffix"].iloc[0])].head(TEXTS)
+                samples = table[["prompt_id", "response", "gold", "reward", "tokens", "finished"]]
+            entries.append(
+                {
+                    "folder": folder if folder != "pool" else row,
+                    "method": method,
+                    "family": found["families"][method],
+                    "settings": inputs.settings[method].model_dump() if method in inputs.settings else {},
+                    "metrics": metrics,
+                    "steps": steps,
+                    "samples": samples,
+                    "validation": found["validation"].get(folder) if first else None,
+                }
+            )
+    return entries

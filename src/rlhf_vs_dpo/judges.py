@@ -1,0 +1,256 @@
+"""Judges: who says which of two responses is better. One interface for the gold reward, a reward model and an LLM.
+
+A judge that scores has no order to be misled by. A language model does: it is asked twice, each response shown first
+once. What it prefers both times wins; what it prefers only in one order is a tie, and counts as a disagreement with
+itself (Zheng et al. 2023, arXiv:2306.05685, section 3.4).
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from rlhf_vs_dpo import gold
+from rlhf_vs_dpo.config import GoldJudge, LanguageModelJudge, RewardModelJudge
+from rlhf_vs_dpo.errors import DataError, JudgeError, ModelError
+from rlhf_vs_dpo.progress import bar
+
+VERDICTS = ("win", "consistent", "first")
+
+
+class Judge(Protocol):
+    """Prefers one of two responses."""
+
+    def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
+        """A verdict for each row of `prompt, facts, a, b`:
+
+        win         1 where a is better, 0 where b is, 1/2 for a tie; NaN where the judge gave no usable answer
+        consistent  1 where both orders agree, 0 where they do not; NaN for judges that see no order
+        first       share of its answers that named the response shown first; NaN likewise
+        """
+        ...
+
+
+def load(settings: GoldJudge | RewardModelJudge | LanguageModelJudge, world: Path, cache: Path) -> Judge | None:
+    """The judge that an entry of `judging.judges` describes; None for the gold reward of a source that has none.
+
+    `cache` is the file in which a language model's answers are kept.
+    """
+    match settings:
+        case GoldJudge():
+            judge = gold.load(world)
+            return None if judge is None else ByGold(judge)
+        case RewardModelJudge():
+            return ByRewardModel(settings)
+        case LanguageModelJudge():
+            return ByLanguageModel(settings, cache)
+
+
+def by_score(a: np.ndarray, b: np.ndarray) -> pd.DataFrame:
+    """Verdicts of a judge that scores."""
+    blind = np.full(len(a), np.nan)
+    return pd.DataFrame({"win": (a > b) + 0.5 * (a == b), "consistent": blind, "first": blind})
+
+
+class ByGold:
+    """The gold reward of the source."""
+
+    def __init__(self, judge: gold.Gold):
+        self.judge = judge
+
+    def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
+        sides = [gold.columns(self.judge, asked["prompt"], asked["facts"], asked[side])["gold"] for side in ("a", "b")]
+        return by_score(*(side.to_numpy() for side in sides))
+
+
+class ByRewardModel:
+    """Another reward model: a folder, or a Hub id at a revision; sequence classification with one label.
+
+    One of this project's (its config has a `reward_shift`) reads ids joined as in training. Any other reads text: prompt
+    and response by its own chat template where it has one, else one behind the other.
+    """
+
+    def __init__(self, settings: RewardModelJudge):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        from rlhf_vs_dpo.models import device, load_scorer, quiet
+
+        self.own = None
+        where = {"revision": settings.revision} if settings.revision else {}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(settings.model, **where)
+            model = AutoModelForSequenceClassification.from_pretrained(settings.model, **where)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"params.yaml: the judge's model {settings.model!r} cannot be loaded ({error}); it must be a folder or a "
+                "Hub id of a sequence-classification model"
+            ) from None
+        if model.config.num_labels != 1:
+            raise ModelError(f"{settings.model}: has {model.config.num_labels} labels; a reward model has one")
+        self.model, self.batch = quiet(model).to(device()), settings.batch
+        if getattr(model.config, "reward_shift", None) is not None:
+            self.own = load_scorer(Path(settings.model))
+
+    def _text(self, prompt: str, response: str) -> str:
+        if getattr(self.tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return prompt + response + (self.tokenizer.eos_token or "")
+
+    def scores(self, prompts: list[str], responses: list[str], what: str) -> np.ndarray:
+        """A score for each response, float32."""
+        import torch
+
+        if self.own is not None:
+            from rlhf_vs_dpo.text import Tokens, encode_prompts
+            from rlhf_vs_dpo.training import forward
+
+            ids = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
+            examples = [
+                Tokens(asked, [*said, self.tokenizer.eos_token_id])
+                for asked, said in zip(encode_prompts(self.tokenizer, prompts), ids, strict=True)
+            ]
+            return np.array(forward.scores(self.own, examples, self.tokenizer.pad_token_id, what))
+        texts = [self._text(p, r) for p, r in zip(prompts, responses, strict=True)]
+        distinct = sorted(set(texts), key=len)
+        own = bool(getattr(self.tokenizer, "chat_template", None))  # a template brings its own special tokens
+        found: dict[str, float] = {}
+        self.tokenizer.padding_side = "right"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        with bar(len(distinct), what, "text") as progress, torch.inference_mode():
+            for start in range(0, len(distinct), self.batch):
+                some = distinct[start : start + self.batch]
+                batch = self.tokenizer(
+                    some, padding=True, truncation=True, add_special_tokens=not own, return_tensors="pt"
+                ).to(self.model.device)
+                batch.pop("token_type_ids", None)
+                found |= dict(zip(some, self.model(**batch).logits[:, 0].float().tolist(), strict=True))
+                progress.update(len(some))
+        return np.array([found[text] for text in texts])
+
+    def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
+        prompts = list(asked["prompt"])
+        return by_score(
+            self.scores(prompts, list(asked["a"]), "judge: ours"),
+            self.scores(prompts, list(asked["b"]), "judge: theirs"),
+        )
+
+
+class ByLanguageModel:
+    """A language model behind an OpenAI-compatible endpoint, asked in both orders.
+
+    Its answers are kept in `cache`, one JSON line each, as they come: a run that breaks off, or is repeated, asks only for
+    what it does not have. An answer is keyed by everything that was sent, and by where.
+    """
+
+    def __init__(self, settings: LanguageModelJudge, cache: Path):
+        try:
+            import openai
+        except ImportError:
+            raise JudgeError(
+                "a language model as judge needs the package openai: `pip install -e '.[judge]'`"
+            ) from None
+        key = "none"
+        if settings.key_variable is not None:
+            key = os.environ.get(settings.key_variable, "")
+            if not key:
+                raise JudgeError(f"the environment variable {settings.key_variable}, the judge's API key, is not set")
+        self.settings, self.cache = settings, cache
+        self.client = openai.OpenAI(
+            base_url=settings.endpoint, api_key=key, max_retries=settings.retries, timeout=settings.timeout
+        )
+        self.known: dict[str, str] = {}
+        self.lock = threading.Lock()
+        if cache.exists():
+            for number, line in enumerate(cache.read_text().splitlines(), 1):
+                try:
+                    entry = json.loads(line)
+                    self.known[entry["key"]] = entry["answer"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    if number < len(cache.read_text().splitlines()):  # the last line may have been cut off
+                        raise DataError(f"{cache}: line {number} is not an answer; remove the line") from None
+
+    def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
+        same = (asked["a"] == asked["b"]).to_numpy()  # nothing to ask
+        verdicts = pd.DataFrame({name: np.nan for name in VERDICTS}, index=range(len(asked)))
+        verdicts.loc[same, "win"] = 0.5
+        verdicts.loc[~same] = self._compare(asked[~same]).to_numpy()
+        return verdicts
+
+    def _compare(self, asked: pd.DataFrame) -> pd.DataFrame:
+        rows = list(asked.itertuples(index=False))
+        questions = [
+            self.settings.question.replace("{prompt}", row.prompt).replace("{first}", first).replace("{second}", second)
+            for row in rows
+            for first, second in ((row.a, row.b), (row.b, row.a))
+        ]
+        answers = self._answers(questions)
+        picked = [read_choice(answer) for answer in answers]  # "first", "second" or None
+        verdicts = []
+        for one, two in zip(picked[::2], picked[1::2], strict=True):
+            given = [choice for choice in (one, two) if choice is not None]
+            shown_first = np.mean([choice == "first" for choice in given]) if given else np.nan
+            if len(given) < 2:
+                verdicts.append((np.nan, np.nan, shown_first))
+                continue
+            a, b = one == "first", two == "second"  # whether a was chosen, in either order
+            verdicts.append(((a + b) / 2, float(a == b), shown_first))
+        return pd.DataFrame(verdicts, columns=list(VERDICTS), dtype=float)
+
+    def _answers(self, questions: list[str]) -> list[str]:
+        keys = [self._key(question) for question in questions]
+        wanted = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.known}
+        with bar(len(wanted), "judge", "question") as progress, ThreadPoolExecutor(self.settings.workers) as pool:
+            futures = {pool.submit(self._ask, question): key for key, question in wanted.items()}
+            try:
+                for future in as_completed(futures):
+                    self._keep(futures[future], future.result())
+                    progress.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self.known[key] for key in keys]
+
+    def _key(self, question: str) -> str:
+        settings = self.settings
+        sent = [settings.endpoint, settings.model, settings.max_tokens, question]
+        return hashlib.sha256(json.dumps(sent).encode()).hexdigest()
+
+    def _ask(self, question: str) -> str:
+        import openai
+
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.settings.model,
+                messages=[{"role": "user", "content": question}],
+                temperature=0.0,
+                max_tokens=self.settings.max_tokens,
+            )
+        except openai.OpenAIError as error:
+            raise JudgeError(
+                f"{self.settings.endpoint}: {type(error).__name__}: {error} (after {self.settings.retries} retries); is the "
+                "server up, and does it serve this model? What was answered so far is kept: run again to go on"
+            ) from None
+        return (answer.choices[0].message.content or "") if answer.choices else ""
+
+    def _keep(self, key: str, answer: str) -> None:
+        with self.lock:
+            self.known[key] = answer
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with self.cache.open("a") as file:
+                file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+
+
+def read_choice(answer: str) -> str | None:
+    """Which response an answer names: the letter A or B that stands alone in it; None where there is none, or both."""
+    found = set(re.findall(r"(?<![A-Za-z])([AB])(?![A-Za-z'])", answer))
+    return {"A": "first", "B": "second"}[found.pop()] if len(found) == 1 else None

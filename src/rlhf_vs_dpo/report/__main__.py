@@ -1,0 +1,16 @@
+"""Print the table of evaluation/results.json, and the verdict, to a terminal."""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from rlhf_vs_dpo.report.content import main_table
+from rlhf_vs_dpo.report.markdown import table
+from rlhf_vs_dpo.report.words import verdict
+
+found = json.loads(Path(sys.argv[1]).read_text())
+shown = main_table(found, linked=False)
+print(table([shown.head, *([cell.text for cell in row] for row in shown.rows)]))
+for sentence in verdict(found):
+    print("\n" + textwrap.fill(sentence, 110))

