@@ -59,7 +59,8 @@ check: install
 ui: install
 	@echo "MLflow, in half a minute (Ctrl-C ends it):"
 	@python -m rlhf_vs_dpo.tracking | sed "s/:5000/:$(PORT)/"
-	exec mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT)
+	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) \
+	  exec mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT) ;; esac
 
 profile: install
 	@python -m rlhf_vs_dpo.profiles "$(NAME)"

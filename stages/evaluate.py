@@ -28,10 +28,8 @@ def main(
     with tracking.stage("evaluate", [prompts, pool]) as run:
         import json
 
-        import pandas as pd
-
         from rlhf_vs_dpo import atomic, config, gold, schemas
-        from rlhf_vs_dpo.evaluation import measure, tables, verdicts, whole
+        from rlhf_vs_dpo.evaluation import tables, verdicts, whole
         from rlhf_vs_dpo.evaluation.statistics import Resamples
 
         chosen, seeds = run.section("policies"), run.section("seeds")
@@ -75,9 +73,7 @@ def main(
             tables.comparison(found).to_csv(place / "comparison.csv", index=False, float_format="%.6g")
             tables.paths(found).to_csv(place / "over_training.csv", index=False, float_format="%.6g")
             tables.learning(curves, members).to_csv(place / "learning.csv", index=False, float_format="%.6g")
-            pd.DataFrame([measure.flat(row) for row in found["best_of_n"]]).to_csv(
-                place / "best_of_n.csv", index=False, float_format="%.6g"
-            )
+            tables.best_of_n(found).to_csv(place / "best_of_n.csv", index=False, float_format="%.6g")
         tracking.publish(tables.for_tracking(found, inputs), found["judge"], typer.echo)
         typer.echo(f"wins are judged by {found['judge']}")
 

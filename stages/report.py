@@ -15,6 +15,7 @@ def main(
     results: Annotated[Path, typer.Option(help="What was measured and compared.")],
     reward_metrics: Annotated[Path, typer.Option(help="Metrics of the reward model.")],
     samples: Annotated[Path, typer.Option(help="Folder of samples.")],
+    pool: Annotated[Path, typer.Option(help="Scored samples of the SFT policy, for the texts of best-of-n.")],
     prompts: Annotated[Path, typer.Option(help="Prompts.")],
     demonstrations: Annotated[Path, typer.Option(help="Demonstrations.")],
     world: Annotated[Path, typer.Option(help="Folder of the gold reward, to mark texts.")],
@@ -38,27 +39,41 @@ def main(
             table = table[(table["suffix"] == table["suffix"].iloc[0]) & (table["sample"] == 0)]
             return dict(zip(table["prompt_id"], table["response"], strict=True))
 
+        def best_of_first(n: int) -> dict[str, str]:
+            """Best of the first n samples of the pool for each prompt."""
+            drawn = pooled[pooled["finished"] & (pooled["sample"] < n)]
+            best = drawn.loc[drawn.groupby("prompt_id")["reward"].idxmax()]
+            return dict(zip(best["prompt_id"], best["response"], strict=True))
+
         def traces(method: str) -> list[content.Trace]:
-            settings = {} if method == "sft" else run.section(family[method], method).model_dump()
+            settings = run.section("sft") if method == "sft" else run.section(family[method], method)
             found = []
             for folder in members[method]:
                 stage = "sft" if method == "sft" else f"{family[method]}@{folder}"
                 run_id = tracking.read_run(runs / f"{folder}.json")["run_id"]
                 lock = known.get(f"models/{folder}", "not in dvc.lock yet")
-                found.append(content.Trace(folder, stage, lock, run_id, tracking.link(run_id), settings))
+                found.append(content.Trace(folder, stage, lock, run_id, tracking.link(run_id), _flat(settings)))
             return found
 
+        def best_of(n: int) -> list[content.Trace]:
+            run_id = tracking.read_run(runs / "pool.json")["run_id"]
+            lock = known.get("data/pool.parquet", "not in dvc.lock yet")
+            return [content.Trace("data/pool.parquet", "pool", lock, run_id, tracking.link(run_id), {"n": n})]
+
+        pooled = schemas.read_table(pool, "pool", "test")
         found, known = json.loads(results.read_text()), tracking.locked()
         demos = schemas.read_table(demonstrations, "demonstrations", "test").drop_duplicates("prompt_id")
         drawn = figures.draw(found, pd.read_csv(plots / "learning.csv"))
         source = content.Source(
             found=found,
             reward_quality=json.loads(reward_metrics.read_text()),
-            samples={method: first(of[0]) for method, of in members.items()},
+            samples={method: first(of[0]) for method, of in members.items()}
+            | {f"best_of_{n}": best_of_first(n) for n in chosen.best_of_n},
             prompts=schemas.read_table(prompts, "prompts", "test"),
             demonstrations=dict(zip(demos["prompt_id"], demos["response"], strict=True)),
             judge=gold.load(world),
-            traces={method: traces(method) for method in members},
+            traces={method: traces(method) for method in members}
+            | {f"best_of_{n}": best_of(n) for n in chosen.best_of_n},
             shared={name: tracking.read_run(runs / f"{name}.json") for name in SHARED},
             examples=run.section("report").examples,
             figures=drawn,
@@ -70,6 +85,14 @@ def main(
             (place / "report.md").write_text(markdown.render(blocks))
             for path in [*pictures, place / "index.html", place / "report.md"]:
                 run.artifact(path)
+
+
+def _flat(settings) -> dict[str, object]:
+    """Parameters of a method, those of its training among them, by name."""
+    flat: dict[str, object] = {}
+    for key, value in settings.model_dump().items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
 
 
 if __name__ == "__main__":

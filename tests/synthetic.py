@@ -9,7 +9,13 @@ from rlhf_vs_dpo import config
 from rlhf_vs_dpo.evaluation import whole
 from rlhf_vs_dpo.gold import PARTS
 
-METHODS = {"ppo": ("rl", 1.0, 2.0), "dpo": ("preference", 0.5, 1.0), "chosen_sft": ("imitation", 0.1, 0.1)}  # gain, KL
+METHODS = {
+    "ppo": ("rl", 1.0, 2.0),
+    "dpo": ("preference", 0.5, 1.0),
+    "chosen_sft": ("imitation", 0.1, 0.1),
+    "control_tokens": ("imitation", 0.2, 0.2),
+}  # gain, KL
+BAD = -0.5  # gain of the control tokens' policy when it is prompted by the other one
 NASTY = 'A <script>alert("x")</script> & a | b `c` </td> .'
 
 
@@ -56,6 +62,9 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
         for number, folder in enumerate(of):
             rng = np.random.default_rng([number, sum(map(ord, method))])
             samples[folder] = responses(rng, folder, prompts, gain, kl, 0.1 if folder in collapsed else 1.0)
+            if method == "control_tokens":
+                bad = responses(rng, folder, prompts, BAD, kl).assign(suffix="[BAD]")
+                samples[folder] = pd.concat([samples[folder].assign(suffix="[GOOD]"), bad], ignore_index=True)
             retention[folder] = kept.assign(logp=kept["logp"] - 0.1 * kl)
             runs[folder] = spent | {"tokens_trained": 5000 if method == "ppo" else 1000}
             if method == "sft":

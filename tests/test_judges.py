@@ -66,14 +66,14 @@ class Server:
 
 def settings(endpoint, **changes):
     entry = {
-        "kind": "language_model",
-        "endpoint": endpoint,
-        "model": "m",
-        "question": QUESTION,
-        "retries": 2,
-        "workers": 2,
-    }
+        "kind": "language_model", "endpoint": endpoint, "model": "m", "question": QUESTION, "retries": 2, "workers": 2,
+        "key_variable": None, "max_tokens": 16, "timeout": 30.0,
+    }  # fmt: skip
     return config.LanguageModelJudge(**(entry | changes))
+
+
+def reward_model(folder, batch=64):
+    return config.RewardModelJudge(kind="reward_model", model=str(folder), revision=None, batch=batch)
 
 
 def likes_good(question):
@@ -119,7 +119,13 @@ def test_answers_are_kept_and_not_asked_for_again(tmp_path):
         assert len(server.asked) == count == 2 and first.equals(again)
         judges.load(settings(server.endpoint, model="other"), tmp_path, cache).compare(ASKED)
         assert len(server.asked) == 4  # another model: other answers
-    cache.write_text("not json\n" + cache.read_text())
+    whole = cache.read_text()
+    cache.write_text(whole[:-9])  # killed while it wrote: the last answer is asked for again, and nothing else is lost
+    with Server(likes_good) as server:
+        judges.load(settings(server.endpoint), tmp_path, cache)
+        judges.load(settings("http://127.0.0.1:1/v1"), tmp_path, cache)
+    assert cache.read_text() == "".join(line + "\n" for line in whole.splitlines()[:-1])
+    cache.write_text("not json\n" + whole)
     with pytest.raises(DataError, match="line 1 is not an answer"):
         judges.load(settings("http://127.0.0.1:1/v1"), tmp_path, cache)
 
@@ -140,70 +146,85 @@ def test_what_answers_mean():
     assert judges.read_choice("A") == "first" and judges.read_choice("Summary B.") == "second"
     assert judges.read_choice("**B**") == "second" and judges.read_choice("Answer: (A)") == "first"
     assert judges.read_choice("") is None and judges.read_choice("Both, A and B") is None
+    assert judges.read_choice("A good summary is short") is None and judges.read_choice("I choose B over a") == "second"
     assert judges.read_choice("ABBA") is None and judges.read_choice("A! Clearly A.") == "first"
 
 
 def test_a_question_that_shows_nothing_is_refused():
     params = config.read_params()
-    params["judging"]["judges"]["x"] = {
-        "kind": "language_model",
-        "endpoint": "http://x",
-        "model": "m",
-        "question": "{prompt}",
-    }
+    entry = settings("http://x").model_dump() | {"question": "{prompt}"}
+    params["judging"]["judges"]["x"] = entry
     with pytest.raises(ParamsError, match=r"judging.*lacks \{first\}, \{second\}"):
         config.section(params, "judging")
 
 
-def test_a_reward_model_judges_by_its_scores(own_tokenizer, tmp_path):
+def test_a_reward_model_judges_by_its_scores(tokenizer, tmp_path):
     from test_training import scorer
 
     from rlhf_vs_dpo import models
     from rlhf_vs_dpo.text import Tokens
     from rlhf_vs_dpo.training.forward import scores
 
-    reward = scorer(own_tokenizer)
-    words = [word for word in own_tokenizer.get_vocab() if word.isalpha()][:6]
+    reward = scorer(tokenizer)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()][:6]
     asked = pd.DataFrame({"prompt": words[:3], "facts": None, "a": words[3:], "b": list(reversed(words[3:]))})
-    models.save(reward.model, own_tokenizer, tmp_path / "rm")
-    judge = judges.load(
-        config.RewardModelJudge(kind="reward_model", model=str(tmp_path / "rm")), tmp_path, tmp_path / "c"
-    )
+    models.save(reward.model, tokenizer, tmp_path / "rm")
+    judge = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c")
     found = judge.compare(asked)
 
     def ids(text):
-        return own_tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     both = [
         scores(
             reward,
-            [Tokens([own_tokenizer.bos_token_id, *ids(p)], [*ids(r), own_tokenizer.eos_token_id]) for p, r in zip(asked["prompt"], asked[side], strict=True)],
-            own_tokenizer.pad_token_id,
+            [Tokens([tokenizer.bos_token_id, *ids(p)], [*ids(r), tokenizer.eos_token_id]) for p, r in zip(asked["prompt"], asked[side], strict=True)],
+            tokenizer.pad_token_id,
         )
         for side in ("a", "b")
     ]  # fmt: skip
     assert found["win"].tolist() == [0.5 if x == y else float(x > y) for x, y in zip(*both, strict=True)]
     assert found["consistent"].isna().all()
     with pytest.raises(ModelError, match="cannot be loaded"):
-        judges.load(
-            config.RewardModelJudge(kind="reward_model", model=str(tmp_path / "none")), tmp_path, tmp_path / "c"
-        )
+        judges.load(reward_model(tmp_path / "none"), tmp_path, tmp_path / "c")
 
 
-def test_a_foreign_reward_model_reads_text(own_tokenizer, tmp_path):
+def test_a_foreign_reward_model_reads_text(tokenizer, tmp_path):
     """One without this project's normalisation: plain sequence classification, batched without touching the scores."""
     from test_training import scorer
 
     from rlhf_vs_dpo import models
 
-    reward = scorer(own_tokenizer).model
+    reward = scorer(tokenizer).model
     del reward.config.reward_shift, reward.config.reward_scale
-    models.save(reward, own_tokenizer, tmp_path / "rm")
-    words = [word for word in own_tokenizer.get_vocab() if word.isalpha()][:8]
+    models.save(reward, tokenizer, tmp_path / "rm")
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()][:8]
     prompts, responses = ["", *words[:2]], [" ".join(words), words[3], " ".join(words[2:6])]
-    entry = {"kind": "reward_model", "model": str(tmp_path / "rm")}
-    together = judges.load(config.RewardModelJudge(**entry), tmp_path, tmp_path / "c").scores(prompts, responses, "x")
-    alone = judges.load(config.RewardModelJudge(**entry, batch=1), tmp_path, tmp_path / "c").scores(
+    together = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c").scores(prompts, responses, "x")
+    alone = judges.load(reward_model(tmp_path / "rm", batch=1), tmp_path, tmp_path / "c").scores(
         prompts, responses, "x"
     )
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-5) and len(set(alone.tolist())) == 3
+
+
+def test_a_foreign_reward_model_refuses_what_it_would_have_to_cut(tokenizer, tmp_path):
+    from test_training import scorer
+
+    from rlhf_vs_dpo import models
+
+    reward = scorer(tokenizer).model
+    del reward.config.reward_shift, reward.config.reward_scale
+    reward.config.max_position_embeddings = 6
+    models.save(reward, tokenizer, tmp_path / "rm")
+    word = next(word for word in tokenizer.get_vocab() if word.isalpha())
+    judge = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c")
+    with pytest.raises(DataError, match="reads 6; to cut them would be to judge something else"):
+        judge.scores([" ".join([word] * 9)], [word], "x")
+
+
+def test_a_text_that_looks_like_a_place_is_left_alone(tmp_path):
+    asked = pd.DataFrame({"prompt": ["see {first}"], "facts": None, "a": ["{second}"], "b": ["b"]})
+    with Server(lambda question: "A") as server:
+        judges.load(settings(server.endpoint), tmp_path, tmp_path / "c").compare(asked)
+        assert server.asked[0]["messages"][0]["content"].startswith("Post: see {first}\nSummary ")
+        assert "{second}" in server.asked[0]["messages"][0]["content"]

@@ -43,15 +43,15 @@ def test_quality_is_told_from_length_where_both_pull():
 
 
 def test_the_interval_covers_the_truth():
-    """The truth is what an endless number of prompts gives; 400 experiments of 150 prompts."""
+    """The truth is what an endless number of prompts gives; 1,500 experiments of 150 prompts."""
     truth = length.fit(*simulate(np.random.default_rng(99), 60000, 0.5, 1.0, 2.0), 60000).win_rate
     resamples, hits = Resamples(600, 0), 0
     weights = resamples.units("prompt", 150)
-    for number in range(400):
+    for number in range(1500):
         found = length.fit(*simulate(np.random.default_rng([number, 3]), 150, 0.5, 1.0, 2.0), 150)
         interval = resamples.combine("m", np.array([found.win_rate]), found.resampled(weights)[:, None], 150).interval()
         hits += interval["low"] <= truth <= interval["high"]
-    assert 0.925 <= hits / 400 <= 0.975
+    assert 0.93 <= hits / 1500 <= 0.97
 
 
 def test_influence_is_that_of_statsmodels_clustered_covariance():
@@ -72,6 +72,13 @@ def test_what_cannot_be_regressed():
     one = np.ones(8)
     assert length.fit(one, np.arange(8.0), one, np.arange(8), 8).win_rate == 1.0
     assert length.fit(0 * one, np.arange(8.0), one, np.arange(8), 8).win_rate == 0.0
+    assert length.fit(0.5 * one, np.arange(8.0), one, np.arange(8), 8).win_rate == 0.5
+    always = np.array([1.0, 0.0, 1.0, 1.0]), np.full(4, 3.0), np.ones(4), np.arange(4)
+    assert length.fit(*always, 4) is None  # always three tokens longer: is it better, or longer?
+    far = np.array([30.0] * 50 + [31.0] * 50)
+    assert (
+        length.fit(np.tile([1.0, 0.0], 50), far, np.ones(100), np.arange(100), 100) is None
+    )  # the tanh cannot tell 30 from 31
     same = length.fit(np.array([1.0, 0.0, 1.0, 1.0]), np.zeros(4), np.ones(4), np.arange(4), 4)
     assert same.win_rate == pytest.approx(0.75, abs=1e-6)  # all of one length: the plain win rate
     split = np.array([0.0] * 4 + [1.0] * 4)

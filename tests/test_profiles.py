@@ -1,5 +1,7 @@
 """Profiles: each one applies, shows what it changes, and refuses what it does not know."""
 
+import shutil
+
 import pytest
 import typer
 from conftest import ROOT
@@ -71,3 +73,24 @@ def test_a_profile_may_bring_a_variant(params, tmp_path):
 def test_an_unknown_profile_lists_those_there_are(params):
     result = apply("nope", params)
     assert result.exit_code == 1 and "imdb" in result.output and "smoke" in result.output
+
+
+def test_the_profile_in_use_is_recognised(params, tmp_path):
+    place = tmp_path / "profiles"
+    shutil.copytree(ROOT / "profiles", place)
+    assert profiles.current(params, place) == "default"
+    apply("smoke", params)
+    assert profiles.current(params, place) == "smoke"
+    params.write_text(params.read_text().replace("seed: 0 ", "seed: 7 "))
+    assert profiles.current(params, place) == "custom"
+    (place / "broken.yaml").write_text("no_such_section: {a: 1}\n")
+    (place / "not_yaml.yaml").write_text("a: [1\n")
+    apply("default", params)
+    assert profiles.current(params, place) == "default"  # a broken profile that nobody uses is not looked at
+
+
+def test_seeds_differ_from_the_default_in_seeds_alone(params):
+    before = config.read_params(params)
+    apply("seeds", params)
+    after = config.read_params(params)
+    assert after.pop("seeds") == [0, 1, 2, 3] and before.pop("seeds") == [0] and before == after

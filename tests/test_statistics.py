@@ -36,25 +36,48 @@ def nested(rng, prompts, seeds, prompt_sd, seed_sd, noise_sd=0.5, answers=4, mea
     return answers * value + noise_sd * answers**0.5 * rng.normal(size=(seeds, prompts))
 
 
-@pytest.mark.parametrize(
-    ("seeds", "prompts", "prompt_sd", "seed_sd"),
-    [
-        (1, 150, 1.0, 0.0),
-        (4, 150, 1.0, 0.0),
-        (4, 150, 0.3, 0.2),
-        (4, 150, 1.0, 0.1),
-        (8, 60, 0.5, 0.5),
-        (2, 150, 0.2, 0.5),
-    ],
-    ids=["one seed", "seeds that agree", "seeds that differ most", "both alike", "eight seeds", "two seeds"],
-)
+# Variance of the mean that prompts bring, of that which prompts and seeds bring together: none, most, even, little.
+CASES = [(1, 150, 1.0, 0.0), (8, 60, 0.5, 0.5)] + [
+    (seeds, 150, share**0.5, ((1 - share) * seeds / 150) ** 0.5)
+    for seeds in (3, 4)
+    for share in (1.0, 0.75, 0.5, 0.25, 0.05)
+]
+
+
+@pytest.mark.parametrize(("seeds", "prompts", "prompt_sd", "seed_sd"), CASES)
 def test_an_interval_covers_the_truth_in_95_of_100_experiments(seeds, prompts, prompt_sd, seed_sd):
     share = covered(
-        lambda rng: nested(rng, prompts, seeds, prompt_sd, seed_sd),
+        lambda rng: nested(rng, prompts, seeds, prompt_sd, seed_sd, noise_sd=0.2),
         0.7, seeds, prompts,
         lambda resamples, sums: resamples.ratio("m", "prompt", sums, np.full(sums.shape, 4.0)).interval(),
     )  # fmt: skip
     assert 0.93 <= share <= 0.97
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.05])
+def test_two_seeds_are_few_and_the_interval_knows(share):
+    """One degree of freedom: between 93 and 98 %, whichever level brings the variance."""
+    found = covered(
+        lambda rng: nested(rng, 150, 2, share**0.5, ((1 - share) * 2 / 150) ** 0.5, noise_sd=0.2),
+        0.7, 2, 150,
+        lambda resamples, sums: resamples.ratio("m", "prompt", sums, np.full(sums.shape, 4.0)).interval(),
+    )  # fmt: skip
+    assert 0.93 <= found <= 0.985
+
+
+@pytest.mark.parametrize(("way", "low", "high"), [("satterthwaite", 0.91, 0.94), ("root of squares", 0.96, 0.98)])
+def test_the_two_ways_to_add_up_levels_err_on_either_side(way, low, high):
+    """Three seeds; seeds bring three quarters of the variance for the first, half of it for the second."""
+    rng = np.random.default_rng(0)
+    share = 0.75 if way == "satterthwaite" else 0.5
+    error = rng.normal(size=40_000)
+    seeds, prompts = share * rng.chisquare(2, size=40_000) / 2, 1 - share
+    if way == "satterthwaite":
+        freedom = (seeds + prompts) ** 2 / (seeds**2 / 2 + prompts**2 / 499)
+        half = stats.t.ppf(0.975, freedom) * (seeds + prompts) ** 0.5
+    else:
+        half = (stats.t.ppf(0.975, 2) ** 2 * seeds + stats.t.ppf(0.975, 499) ** 2 * prompts) ** 0.5
+    assert low <= np.mean(abs(error) <= half) <= high
 
 
 def test_an_interval_of_a_share_covers_it_too():
@@ -64,7 +87,7 @@ def test_an_interval_of_a_share_covers_it_too():
         return rng.binomial(4, rng.beta(4, 2, size=200))[None].astype(float)
 
     def read(resamples, wins):
-        return resamples.ratio("m", "prompt", wins, np.full(wins.shape, 4.0)).interval()
+        return resamples.ratio("m", "prompt", wins, np.full(wins.shape, 4.0), share=True).interval()
 
     assert 0.93 <= covered(simulate, 2 / 3, 1, 200, read) <= 0.97
 
@@ -108,6 +131,10 @@ def test_interval_by_hand():
     # One resample in 27 is all of one prompt, so that 2 and 9 are the percentiles; stretched by t_2 / z about 5.
     stretch = stats.t.ppf(0.975, 2) / stats.norm.ppf(0.975)
     assert found.interval() == pytest.approx({"mean": 5.0, "low": 5 - 3 * stretch, "high": 5 + 4 * stretch})
+    assert (
+        resamples.ratio("m", "prompt", np.array([[0.0, 0.0, 1.0]]), np.ones((1, 3)), share=True).interval()["high"]
+        == 1.0
+    )
     nothing = resamples.ratio("m", "prompt", np.zeros((1, 2)), np.zeros((1, 2)))
     assert nothing.interval() == {"mean": None, "low": None, "high": None}
 

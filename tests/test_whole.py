@@ -1,12 +1,17 @@
 """The whole comparison on a run whose truth is known."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import synthetic
 
 from rlhf_vs_dpo.evaluation import tables, whole
+from rlhf_vs_dpo.report import words
+
+ROWS = ["sft", *synthetic.METHODS, "control_tokens [BAD]", "best_of_4"]
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +20,7 @@ def found():
 
 
 def test_rows_are_methods_and_best_of_n(found):
-    assert list(found["methods"]) == ["sft", "ppo", "dpo", "chosen_sft", "best_of_4"]
+    assert list(found["methods"]) == ROWS
     assert found["families"]["best_of_4"] == "best_of_n" and found["judge"] == "gold"
     for method, (_, gain, kl) in synthetic.METHODS.items():
         gold, sft = found["methods"][method]["gold"], found["methods"]["sft"]["gold"]
@@ -32,18 +37,20 @@ def test_a_mean_over_seeds_is_that_of_its_runs(found):
 
 
 def test_differences_are_of_every_two_rows_and_corrected(found):
-    assert len(found["differences"]) == 10
+    assert len(found["differences"]) == 21
     by_pair = {(e["a"], e["b"]): e for e in found["differences"]}
     gap = by_pair["ppo", "dpo"]
     assert gap["low"] < 0.5 < gap["high"] and gap["p"] < 0.01 and gap["p_holm"] >= gap["p"]
     smallest = min(found["differences"], key=lambda e: e["p"])
-    assert smallest["p_holm"] == pytest.approx(min(1.0, 10 * smallest["p"]))
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 21 * smallest["p"]))
     # Two normal responses with noise 0.5 each, 0.5 apart
     assert gap["wins"] == pytest.approx(0.5 * (1 + math.erf(0.5 / math.sqrt(2) / 0.5 / math.sqrt(2))), abs=0.05)
 
 
 def test_a_collapsed_seed_is_counted_by_the_definition_in_params():
     results = synthetic.found(collapsed=("dpo-1",))
+    assert results["spread"]["control_tokens [BAD]"]["collapsed"] == 1.0  # a way to prompt it, worse on purpose
+    assert "1 of 12 runs collapsed" in words.verdict(results)[2]  # and no run of its own
     assert (
         results["spread"]["dpo"]["collapsed"] == pytest.approx(1 / 3) and results["spread"]["ppo"]["collapsed"] == 0.0
     )
@@ -65,7 +72,7 @@ def test_paths_and_what_is_read_off_them(found):
     assert compute["flops"]["1"] == pytest.approx(max(c["total"]["flops"] for c in found["cost"].values()))
     assert compute["methods"]["ppo"]["1"]["mean"] == pytest.approx(points[-1]["gold"]["mean"])
     assert found["own_best"]["ppo"]["at"] > 0.7 and found["own_best"]["best of n"]["on"] == "test"
-    assert set(found["overoptimisation"]) == {"ppo", "dpo", "chosen_sft", "best of n"}
+    assert set(found["overoptimisation"]) == {*synthetic.METHODS, "best of n"}
 
 
 def test_costs_follow_what_is_needed(found):
@@ -73,22 +80,25 @@ def test_costs_follow_what_is_needed(found):
     assert ppo["needs"] == ["preferences", "reward"] and dpo["needs"] == ["preferences", "reference"]
     assert ppo["own"]["flops"] == 1000 * 6 * 5000 and ppo["upstream"]["flops"] == 2 * 1000 * 2 * 600
     assert best["own"]["flops"] == 0 and best["tokens_per_answer"] == pytest.approx(4, rel=0.1)
+    tokens = found["methods"]
+    assert ppo["tokens_per_answer"] == pytest.approx(tokens["ppo"]["tokens"]["mean"] / tokens["sft"]["tokens"]["mean"])
     assert ppo["hyperparameters"] > dpo["hyperparameters"] and dpo["hyperparameters_upstream"] == 0
 
 
 def test_tables_for_dvc_and_mlflow(found):
     rows = tables.of_methods(found)
-    assert set(rows) == {"sft", "ppo", "dpo", "chosen_sft", "best_of_4"}
+    assert set(rows) == {*ROWS[:5], "control_tokens_BAD", "best_of_4"}
+    assert "collapsed" in rows["ppo"] and "collapsed" not in rows["control_tokens_BAD"]
     assert rows["ppo"]["gold_low"] < rows["ppo"]["gold"] < rows["ppo"]["gold_high"] and len(rows["ppo"]) < 20
     assert tables.file_name("control_tokens [BAD]") == "control_tokens_BAD"
     assert list(tables.comparison(found)["policy"]) == list(found["methods"])
-    assert len(tables.paths(found)) == 18
+    assert len(tables.paths(found)) == 24
+    assert tables.best_of_n(found)["value"].notna().all()
     entries = tables.for_tracking(found, synthetic.inputs())
-    assert [e["folder"] for e in entries] == [
-        "sft",
-        *(f"{m}-{s}" for m in synthetic.METHODS for s in range(3)),
-        "best_of_4",
-    ]
+    folders = [f"{m}-{seed}" for m in synthetic.METHODS for seed in range(3)]
+    bad = [f"control_tokens-{seed}" for seed in range(3)]  # the other prompt's numbers go to the same runs
+    assert [e["folder"] for e in entries] == ["sft", *folders, *bad, "best_of_4"]
+    assert all(name.startswith("evaluation BAD/") for name in entries[-2]["metrics"])
     ppo = entries[1]
     assert ppo["settings"]["algorithm"] == "ppo" and ppo["metrics"]["validation/gold"] == found["validation"]["ppo-0"]
     assert [step for step, _ in ppo["steps"]] == [0, 1, 2, 3, 4, 5] and len(ppo["samples"]) == 50
@@ -104,3 +114,81 @@ def test_training_curves_are_put_side_by_side(tmp_path):
     shown = tables.learning(tmp_path, {"sft": ["sft"], "dpo": ["dpo-0", "dpo-1"], "ppo": ["ppo-0"]})
     assert set(shown["policy"]) == {"dpo"} and len(shown) == 40 and (shown["margin"] == 2.0).all()
     assert shown["loss"].iloc[0] == pytest.approx(2.5) and shown["share"].iloc[-1] == 1.0
+
+
+def variants():
+    """Runs as other people's are: without some family, without best-of-n, with one seed, one answer, no gold reward."""
+    yield "one seed", {"seeds": (0,)}, lambda inputs: inputs
+    for family in ("rl", "preference", "imitation"):
+        yield f"no {family}", {}, lambda inputs, family=family: without(inputs, family)
+    yield (
+        "no best of n",
+        {},
+        lambda inputs: replace(inputs, policies=inputs.policies.model_copy(update={"best_of_n": []})),
+    )
+    yield (
+        "one answer",
+        {},
+        lambda inputs: replace(inputs, samples={f: t[t["sample"] == 0] for f, t in inputs.samples.items()}),
+    )
+    yield (
+        "no fillers",
+        {},
+        lambda inputs: replace(inputs, pairs=inputs.pairs | {"filler": {"chosen": None, "rejected": None}}),
+    )
+    yield "no pairs of ours", {}, lambda inputs: replace(inputs, pairs={"pairs": {"train": 3}}, own_pairs=True)
+    yield "no gold", {}, without_gold
+    yield "a seed that never ends", {"collapsed": ("dpo-1",)}, lambda inputs: without_gold(silent(inputs, "dpo-1"))
+    yield (
+        "a smaller pool",
+        {},
+        lambda inputs: replace(
+            inputs, pool=inputs.pool[(inputs.pool["split"] != "test") | (inputs.pool["prompt_id"] < "p020")]
+        ),
+    )
+
+
+def without(inputs, family):
+    gone = [m for m, (its, _, _) in synthetic.METHODS.items() if its == family]
+    return replace(
+        inputs,
+        policies=inputs.policies.model_copy(update={family: []}),
+        settings={m: s for m, s in inputs.settings.items() if m not in gone},
+        pair_rewards={} if family == "preference" else inputs.pair_rewards,
+    )
+
+
+def without_gold(inputs):
+    def blank(table):
+        return table.assign(**{c: np.nan for c in table if c.startswith("gold") or c == "filler"})
+
+    return replace(
+        inputs, samples={f: blank(t) for f, t in inputs.samples.items()}, watched={f: blank(t) for f, t in inputs.watched.items()},
+        pool=blank(inputs.pool), demonstrations=blank(inputs.demonstrations), pairs={}, own_pairs=True,
+    )  # fmt: skip
+
+
+def silent(inputs, folder):
+    table = inputs.samples[folder].assign(finished=False, reward=np.nan)
+    watched = inputs.watched[folder].assign(reward=np.nan)
+    return replace(inputs, samples=inputs.samples | {folder: table}, watched=inputs.watched | {folder: watched})
+
+
+@pytest.mark.parametrize(("of", "change"), [v[1:] for v in variants()], ids=[v[0] for v in variants()])
+def test_other_runs_are_compared_and_reported_too(of, change):
+    from test_report import source
+
+    from rlhf_vs_dpo.report import content, markdown, page
+
+    inputs = change(synthetic.inputs(**of))
+    results = json.loads(
+        json.dumps(whole.compare(inputs, synthetic.settings(resamples=100), 0)).replace("NaN", "null")
+    ) | {"judges": {}}
+    assert next(iter(results["methods"])) == "sft" and len(words.verdict(results)) >= 1
+    blocks = content.blocks(source(results))
+    assert page.render(blocks) and markdown.render(blocks)
+    if change is without_gold:
+        assert results["judge"] == "reward" and "for want of a gold reward" in markdown.render(blocks)
+    if "collapsed" in of:
+        assert results["spread"]["dpo"]["collapsed"] == pytest.approx(1 / 3)
+        assert words.best_of_family(results, "preference") is None  # one of its runs says nothing that ends

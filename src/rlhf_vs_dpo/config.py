@@ -383,8 +383,8 @@ class RewardModelJudge(Section):
 
     kind: Literal["reward_model"]
     model: str
-    revision: str | None = None
-    batch: Count = 64
+    revision: str | None
+    batch: Count
 
 
 class LanguageModelJudge(Section):
@@ -394,11 +394,11 @@ class LanguageModelJudge(Section):
     endpoint: str
     model: str
     question: str
-    key_variable: str | None = None
-    max_tokens: Count = 16
-    retries: Annotated[int, Field(ge=0, le=20)] = 5
-    timeout: Positive = 60.0
-    workers: Count = 8
+    key_variable: str | None
+    max_tokens: Count
+    retries: Annotated[int, Field(ge=0, le=20)]
+    timeout: Positive
+    workers: Count
 
     @model_validator(mode="after")
     def _asks(self) -> "LanguageModelJudge":

@@ -74,7 +74,7 @@ class ByRewardModel:
     """Another reward model: a folder, or a Hub id at a revision; sequence classification with one label.
 
     One of this project's (its config has a `reward_shift`) reads ids joined as in training. Any other reads text: prompt
-    and response by its own chat template where it has one, else one behind the other.
+    and response by its own chat template where it has one, else as its tokenizer joins two texts.
     """
 
     def __init__(self, settings: RewardModelJudge):
@@ -82,7 +82,7 @@ class ByRewardModel:
 
         from rlhf_vs_dpo.models import device, load_scorer, quiet
 
-        self.own = None
+        self.own, self.name = None, settings.model
         where = {"revision": settings.revision} if settings.revision else {}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model, **where)
@@ -95,17 +95,18 @@ class ByRewardModel:
         if model.config.num_labels != 1:
             raise ModelError(f"{settings.model}: has {model.config.num_labels} labels; a reward model has one")
         self.model, self.batch = quiet(model).to(device()), settings.batch
+        self.tokenizer.padding_side = "right"
+        if (
+            self.tokenizer.pad_token_id is None
+        ):  # PAD must not be EOS: the score is read at the last token that is no PAD
+            self.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            self.model.resize_token_embeddings(len(self.tokenizer))
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
         if getattr(model.config, "reward_shift", None) is not None:
             self.own = load_scorer(Path(settings.model))
 
-    def _text(self, prompt: str, response: str) -> str:
-        if getattr(self.tokenizer, "chat_template", None):
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            return self.tokenizer.apply_chat_template(turns, tokenize=False)
-        return prompt + response + (self.tokenizer.eos_token or "")
-
     def scores(self, prompts: list[str], responses: list[str], what: str) -> np.ndarray:
-        """A score for each response, float32."""
+        """A score for each response, float32. Raises DataError where a prompt and a response do not fit the model."""
         import torch
 
         if self.own is not None:
@@ -118,24 +119,31 @@ class ByRewardModel:
                 for asked, said in zip(encode_prompts(self.tokenizer, prompts), ids, strict=True)
             ]
             return np.array(forward.scores(self.own, examples, self.tokenizer.pad_token_id, what))
-        texts = [self._text(p, r) for p, r in zip(prompts, responses, strict=True)]
-        distinct = sorted(set(texts), key=len)
-        own = bool(getattr(self.tokenizer, "chat_template", None))  # a template brings its own special tokens
-        found: dict[str, float] = {}
-        self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        pairs = list(zip(prompts, responses, strict=True))
+        distinct = sorted(set(pairs), key=lambda pair: len(pair[0]) + len(pair[1]))
+        found: dict[tuple[str, str], float] = {}
         with bar(len(distinct), what, "text") as progress, torch.inference_mode():
             for start in range(0, len(distinct), self.batch):
                 some = distinct[start : start + self.batch]
-                batch = self.tokenizer(
-                    some, padding=True, truncation=True, add_special_tokens=not own, return_tensors="pt"
-                ).to(self.model.device)
-                batch.pop("token_type_ids", None)
-                found |= dict(zip(some, self.model(**batch).logits[:, 0].float().tolist(), strict=True))
+                batch = self._encoded(some)
+                longest = getattr(self.model.config, "max_position_embeddings", None)
+                if longest and batch["input_ids"].shape[1] > longest:
+                    raise DataError(
+                        f"{self.name}: prompt and response together are up to {batch['input_ids'].shape[1]} tokens, and it "
+                        f"reads {longest}; to cut them would be to judge something else. Choose a judge with a longer context"
+                    )
+                scores = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+                found |= dict(zip(some, scores, strict=True))
                 progress.update(len(some))
-        return np.array([found[text] for text in texts])
+        return np.array([found[pair] for pair in pairs])
+
+    def _encoded(self, pairs: list[tuple[str, str]]):
+        """By the model's own chat template where it has one, else as its tokenizer joins two texts."""
+        if getattr(self.tokenizer, "chat_template", None):
+            turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
+            texts = [self.tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
+            return self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+        return self.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
 
     def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
         prompts = list(asked["prompt"])
@@ -171,13 +179,18 @@ class ByLanguageModel:
         self.known: dict[str, str] = {}
         self.lock = threading.Lock()
         if cache.exists():
-            for number, line in enumerate(cache.read_text().splitlines(), 1):
-                try:
-                    entry = json.loads(line)
-                    self.known[entry["key"]] = entry["answer"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    if number < len(cache.read_text().splitlines()):  # the last line may have been cut off
-                        raise DataError(f"{cache}: line {number} is not an answer; remove the line") from None
+            self._read(cache.read_text())
+
+    def _read(self, text: str) -> None:
+        whole, _, rest = text.rpartition("\n")  # a line without an end was cut off while it was written
+        if rest:
+            self.cache.write_text(whole + "\n" if whole else "")
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self.known[entry["key"]] = entry["answer"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise DataError(f"{self.cache}: line {number} is not an answer; remove the line") from None
 
     def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
         same = (asked["a"] == asked["b"]).to_numpy()  # nothing to ask
@@ -189,7 +202,7 @@ class ByLanguageModel:
     def _compare(self, asked: pd.DataFrame) -> pd.DataFrame:
         rows = list(asked.itertuples(index=False))
         questions = [
-            self.settings.question.replace("{prompt}", row.prompt).replace("{first}", first).replace("{second}", second)
+            self._question({"{prompt}": row.prompt, "{first}": first, "{second}": second})
             for row in rows
             for first, second in ((row.a, row.b), (row.b, row.a))
         ]
@@ -205,6 +218,10 @@ class ByLanguageModel:
             a, b = one == "first", two == "second"  # whether a was chosen, in either order
             verdicts.append(((a + b) / 2, float(a == b), shown_first))
         return pd.DataFrame(verdicts, columns=list(VERDICTS), dtype=float)
+
+    def _question(self, values: dict[str, str]) -> str:
+        """The question with all its places filled at once: a text that holds `{first}` is left as it is."""
+        return re.sub(r"\{(?:prompt|first|second)\}", lambda place: values[place.group()], self.settings.question)
 
     def _answers(self, questions: list[str]) -> list[str]:
         keys = [self._key(question) for question in questions]
@@ -251,6 +268,10 @@ class ByLanguageModel:
 
 
 def read_choice(answer: str) -> str | None:
-    """Which response an answer names: the letter A or B that stands alone in it; None where there is none, or both."""
-    found = set(re.findall(r"(?<![A-Za-z])([AB])(?![A-Za-z'])", answer))
+    """Which response an answer names: the letter A or B that stands alone in it; None where there is none, or both.
+
+    `A` before a word in small letters is an article ("A good summary ...") and names nothing, unless the word is a verb or
+    joins it ("A is better").
+    """
+    found = set(re.findall(r"(?<![A-Za-z])(?:A(?! +(?!is\b|and\b|or\b|because\b|has\b)[a-z])|B)(?![A-Za-z'])", answer))
     return {"A": "first", "B": "second"}[found.pop()] if len(found) == 1 else None

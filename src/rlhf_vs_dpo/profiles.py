@@ -40,12 +40,14 @@ def current(params: Path = Path("params.yaml"), profiles: Path = Path("profiles"
     """The profile that params.yaml is, or `custom` where it is none of them."""
     yaml = YAML(typ="safe")
     now = yaml.load(params.read_text())
+    if not (profiles / "default.yaml").is_file():
+        return "custom"
     for path in sorted(profiles.glob("*.yaml")):
         then = yaml.load((profiles / "default.yaml").read_text())
         try:
             if path.stem != "default":
-                overlay(then, yaml.load(path.read_text()), str(path))
-        except (ParamsError, YAMLError):  # a profile that nobody is using now need not be right
+                overlay(then, yaml.load(path.read_text()) or {}, str(path))
+        except (ParamsError, YAMLError, AttributeError):  # a profile that nobody is using now need not be right
             continue
         if then == now:
             return path.stem

@@ -28,7 +28,7 @@ STAGES = "rlhf-vs-dpo stages"  # everything else that ran
 REGISTERED = "rlhf-vs-dpo-policy"  # the registered model whose versions are policies
 UI = "http://127.0.0.1:5000"  # of `make ui`
 VIEW = "comparison"  # the view of the runs that `make ui` opens
-SYSTEM_SECONDS = 10  # between two looks at processor, memory and GPU
+SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
 FLUSH_SECONDS = 5.0
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
 WRITTEN_BY_HAND = ("src", "stages", "data/mini_tldr", "dvc.yaml", "params.yaml", "constraints.txt")
@@ -186,6 +186,11 @@ def _experiment(name: str) -> str:
     with FileLock(root() / ".mlflow.lock"):
         client = _client()
         found = client.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise DataError(
+                f"the MLflow experiment {name!r} has been deleted: `mlflow experiments restore -x {found.experiment_id}` brings it "
+                "back, `mlflow gc` removes it for good"
+            )
         if found is not None:
             return found.experiment_id
         place = (root() / "mlartifacts").as_uri() if tracking_uri().startswith("sqlite") else None
@@ -243,7 +248,8 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
     try:
         params = stage_params(os.environ.get("DVC_STAGE"))
         if is_main():
-            run_id = _start(os.environ.get("DVC_STAGE", name), inputs, params, tags)
+            run_id = _create(os.environ.get("DVC_STAGE", name), inputs, tags)
+            _describe(run_id, inputs, params)
         run = Run(params, run_id)
         with _watching(run_id):
             yield run
@@ -266,19 +272,27 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
         raise
 
 
-def _start(name: str, inputs: list[Path], params: dict[str, Any], tags: dict[str, str]) -> str:
+def _used(inputs: list[Path]) -> dict[str, str]:
+    """md5 of each input that dvc.lock knows."""
+    known = locked()
+    return {str(path): known[str(path)] for path in inputs if str(path) in known}
+
+
+def _create(name: str, inputs: list[Path], tags: dict[str, str]) -> str:
+    experiment = _experiment(EXPERIMENT if "policy" in tags and "family" in tags else STAGES)
+    tagged = _tags(name, _used(inputs), tags)
+    return _client().create_run(experiment, run_name=tags.get("policy", name), tags=tagged).info.run_id
+
+
+def _describe(run_id: str, inputs: list[Path], params: dict[str, Any]) -> None:
+    """Parameters, and the tables that were read."""
     from mlflow.entities import Param
 
     client = _client()
-    known = locked()
-    used = {str(path): known[str(path)] for path in inputs if str(path) in known}
-    experiment = _experiment(EXPERIMENT if "policy" in tags and "family" in tags else STAGES)
-    run_id = client.create_run(experiment, run_name=tags.get("policy", name), tags=_tags(name, used, tags)).info.run_id
     client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in _leaves(params).items()])
-    tables = [_dataset(path, md5) for path, md5 in used.items() if path.endswith(".parquet")]
+    tables = [_dataset(path, md5) for path, md5 in _used(inputs).items() if path.endswith(".parquet")]
     if tables:
         client.log_inputs(run_id, tables)
-    return run_id
 
 
 def _dataset(path: str, md5: str):
@@ -335,7 +349,13 @@ def link(run_id: str) -> str | None:
         experiment = _client().get_run(run_id).info.experiment_id
     except mlflow.exceptions.MlflowException:
         return None
-    return f"{UI}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{_ui()}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _ui() -> str:
+    """Address of the UI: a tracking server has its own, everything else that of `make ui`."""
+    uri = tracking_uri()
+    return uri.rstrip("/") if uri.startswith("http") else UI
 
 
 def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None]) -> None:
@@ -347,7 +367,6 @@ def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None
     ordered by `judge`.
     """
     import mlflow
-    from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(tracking_uri())
@@ -355,33 +374,48 @@ def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None
     versions: dict[str, str] = {}
     with bar(len(entries), "MLflow", "policy") as progress:
         for entry in entries:
-            folder = entry["folder"]
             progress.update()
             try:
                 run_id = _run_of(entry)
-                client.get_run(run_id)
+                found = client.get_run(run_id)
+                if found.info.lifecycle_stage == "deleted":
+                    raise MlflowException("the run has been deleted")
+                _put(entry, found, known)
+                if md5 := known.get(f"models/{entry['folder']}"):
+                    versions[entry["folder"]] = _register(entry, run_id, md5)
             except MlflowException as error:
-                say(f"runs/{folder}.json: its MLflow run is not in this store ({error.error_code}); nothing was added")
-                continue
-            batch = [m for step, row in [(0, entry["metrics"]), *entry["steps"]] for m in _metrics(row, step)]
-            for start in range(0, len(batch), BATCH):
-                client.log_batch(run_id, metrics=batch[start : start + BATCH])
-            settings = {f"method.{key}": value for key, value in _leaves(entry["settings"]).items()}
-            client.log_batch(run_id, params=[Param(key, str(value)) for key, value in settings.items()])
-            md5 = known.get(f"models/{folder}", "")
-            if entry["samples"] is not None:
-                file = f"samples-{known.get(f'samples/{folder}.parquet', '')[:8]}.json"
-                if file not in {artifact.path for artifact in client.list_artifacts(run_id)}:  # a table is appended to
-                    client.log_table(run_id, entry["samples"], file)
-            if md5:
-                versions[folder] = _register(entry, run_id, md5)
+                say(f"{entry['folder']}: nothing was added to its MLflow run: {str(error).splitlines()[0]}")
     _share_view(judge)
     judged = {entry["folder"]: entry["validation"] for entry in entries if entry["validation"] is not None}
     judged = {folder: value for folder, value in judged.items() if folder in versions and math.isfinite(value)}
-    if judged:
+    if judged and "DVC_EXP_NAME" not in os.environ:  # an experiment is a question, not yet an answer
         best = max(judged, key=judged.__getitem__)
         client.set_registered_model_alias(REGISTERED, "best", versions[best])
         say(f"best on validation prompts: {best} ({judged[best]:.2f}); MLflow model {REGISTERED}@best")
+
+
+def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
+    """Metrics, parameters, samples and the experiments that used it, onto the run of a policy."""
+    from mlflow.entities import Param
+
+    from rlhf_vs_dpo import profiles
+
+    client, run_id = _client(), run.info.run_id
+    batch = [m for step, row in [(0, entry["metrics"]), *entry["steps"]] for m in _metrics(row, step)]
+    for start in range(0, len(batch), BATCH):
+        client.log_batch(run_id, metrics=batch[start : start + BATCH])
+    settings = {f"method.{key}": str(value) for key, value in _leaves(entry["settings"]).items()}
+    client.log_batch(run_id, params=[Param(k, v) for k, v in settings.items() if k not in run.data.params])
+    # A run that the run cache brought back was made under another profile, or in another experiment: it belongs to both.
+    for tag, value in (("profiles", profiles.current()), ("dvc.exps", os.environ.get("DVC_EXP_NAME"))):
+        before = run.data.tags.get(tag, "").split()
+        if value and value not in before:
+            client.set_tag(run_id, tag, " ".join([*before, value]))
+    if entry["samples"] is not None:
+        md5 = known.get(f"samples/{entry['folder']}.parquet", "unlocked")
+        file = f"samples-{md5[:8]}.json"
+        if file not in {artifact.path for artifact in client.list_artifacts(run_id)}:  # a table would be appended to
+            client.log_table(run_id, entry["samples"], file)
 
 
 def _share_view(judge: str) -> None:
@@ -413,7 +447,7 @@ def _share_view(judge: str) -> None:
 
 def address() -> str:
     """Where the UI of `make ui` shows the comparison."""
-    return f"{UI}/#/experiments/{_experiment(EXPERIMENT)}/runs?viewStateShareKey={VIEW}"
+    return f"{_ui()}/#/experiments/{_experiment(EXPERIMENT)}/runs?viewStateShareKey={VIEW}"
 
 
 def _run_of(entry: dict[str, Any]) -> str:

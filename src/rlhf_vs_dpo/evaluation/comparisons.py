@@ -2,7 +2,8 @@
 
 None is fair in all. KL is what the RL objective pays for, and says nothing of where it went; compute says nothing of who
 must be asked; and one's own best is chosen by a judge that real life does not have. All are read off the paths of
-training on validation prompts: a test prompt chooses nothing.
+training, on validation prompts: a test prompt chooses nothing. (What best-of-n is worth at the n that validation prompts
+chose, `whole` measures on test prompts.)
 """
 
 import numpy as np
@@ -12,24 +13,36 @@ from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples
 
 
 def at_kl(path: Path, metric: str, kl: float) -> Estimate | None:
-    """The metric where the path first rises to a KL, linear in sqrt(KL) between its points; None if it never does."""
-    reached = _crossing(np.sqrt(np.maximum(path.values("kl"), 0.0))[None], path.values(metric)[None], kl**0.5)[0]
-    if not np.isfinite(reached):
+    """The metric where the path first rises to a KL, linear in sqrt(KL) between its points; None if it never does.
+
+    Its interval is of the resamples that reach that KL.
+    """
+    where = _crossing(np.sqrt(np.maximum(path.values("kl"), 0.0))[None], kl**0.5)
+    if not np.isfinite(where[0]):
         return None
-    drawn = _crossing(np.sqrt(np.maximum(path.draws("kl"), 0.0)), path.draws(metric), kl**0.5)
-    return path.estimate(float(reached), drawn, metric)
+    places = _crossing(np.sqrt(np.maximum(path.draws("kl"), 0.0)), kl**0.5)
+    value = _between(path.values(metric)[None], where)[0]
+    return path.estimate(float(value), _between(path.draws(metric), places), metric, float(where[0]))
 
 
-def _crossing(x: np.ndarray, y: np.ndarray, where: float) -> np.ndarray:
-    """y where x first rises to `where` along each row, linear between points; NaN where it does not."""
-    beyond = (x >= where) & np.pad(x[:, :-1] < where, ((0, 0), (1, 0)))
-    first = beyond.argmax(axis=1)
+def _crossing(x: np.ndarray, level: float) -> np.ndarray:
+    """Where along each row x first rises to `level`, as a fraction of points; NaN where it does not."""
+    risen = (x >= level) & np.pad(x[:, :-1] < level, ((0, 0), (1, 0)))
+    first = risen.argmax(axis=1)
     rows = np.arange(len(x))
-    before = np.maximum(first - 1, 0)
-    x0, x1, y0, y1 = x[rows, before], x[rows, first], y[rows, before], y[rows, first]
+    x0, x1 = x[rows, np.maximum(first - 1, 0)], x[rows, first]
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(x1 > x0, (where - x0) / (x1 - x0), 1.0)
-    return np.where(beyond.any(axis=1), y0 + share * (y1 - y0), np.nan)
+        return np.where(risen.any(axis=1), first - 1 + (level - x0) / (x1 - x0), np.nan)
+
+
+def _between(y: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """y of each row at a fraction of points, linear between them; NaN at NaN."""
+    known = np.nan_to_num(places)
+    low = np.clip(np.floor(known).astype(int), 0, y.shape[1] - 1)
+    high = np.minimum(low + 1, y.shape[1] - 1)
+    rows = np.arange(len(y))
+    value = y[rows, low] + (known - low) * (y[rows, high] - y[rows, low])
+    return np.where(np.isnan(places), np.nan, value)
 
 
 def at_compute(path: Path, metric: str, upstream: float, own: float, budget: float) -> Estimate | None:
@@ -40,13 +53,10 @@ def at_compute(path: Path, metric: str, upstream: float, own: float, budget: flo
     if budget < upstream:
         return None
     share = min((budget - upstream) / own, 1.0) if own > 0 else 1.0
-    value = float(np.interp(share, path.share, path.values(metric)))
-    high = min(int(np.searchsorted(path.share, share)), len(path.share) - 1)
-    low = max(high - 1, 0)
-    width = path.share[high] - path.share[low]
-    part = (share - path.share[low]) / width if width > 0 else 1.0
+    place = float(np.interp(share, path.share, np.arange(len(path.share))))
     draws = path.draws(metric)
-    return path.estimate(value, draws[:, low] + part * (draws[:, high] - draws[:, low]), metric)
+    value = _between(path.values(metric)[None], np.array([place]))[0]
+    return path.estimate(float(value), _between(draws, np.full(len(draws), place)), metric, place)
 
 
 def own_best(path: Path, metric: str, resamples: Resamples, seed: int) -> tuple[Estimate, Estimate, float] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+POOL_KEYS = ("train_prompts", "train_samples")  # of the pool stage: what whoever learns from it must choose
 COUNTED = ("seconds", "flops", "tokens_trained", "tokens_generated", "tokens_read")
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import statsmodels.api as sm
 from statsmodels.tools.sm_exceptions import PerfectSeparationError, PerfectSeparationWarning
 
-LARGEST = 15.0  # log-odds beyond which a fit has run off to infinity
+LARGEST = 15.0  # log-odds of a comparison beyond which a fit has run off to infinity
+WORST_CONDITION = 1e3  # of the regressors: beyond, no comparison is at a length that tells quality from length
 
 
 class Fit(NamedTuple):
@@ -57,22 +58,29 @@ def fit(wins: np.ndarray, longer: np.ndarray, weights: np.ndarray, prompt: np.nd
     """Fit the regression to comparisons; `prompt` numbers the prompt of each. None where there is no finite optimum.
 
     wins in [0, 1], longer in tokens, all (comparisons,). Where every comparison went the same way there is nothing to
-    regress: the win rate is 0 or 1, whatever the length.
+    regress: the win rate is 0, 1/2 or 1, whatever the length.
     """
     import warnings
 
-    if wins.min() == wins.max() and wins[0] in (0.0, 1.0):
-        return Fit(np.inf if wins[0] else -np.inf, np.zeros(units))
+    if wins.min() == wins.max():
+        theta = {0.0: -np.inf, 0.5: 0.0, 1.0: np.inf}[float(wins[0])]
+        return Fit(theta, np.zeros(units))
     spread = float(np.sqrt(np.cov(longer, aweights=weights))) if len(longer) > 1 else 0.0
-    columns = [np.ones_like(wins)] + ([np.tanh(longer / spread)] if spread > 0 else [])
-    x = np.stack(columns, axis=1)
+    if spread > 0:
+        x = np.stack([np.ones_like(wins), np.tanh(longer / spread)], axis=1)
+    elif not longer.any():
+        x = np.ones((len(wins), 1))
+    else:
+        return None  # always longer by as much: what length does and what quality does cannot be told apart
+    if np.linalg.cond(x) > WORST_CONDITION:
+        return None  # nearly so
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PerfectSeparationWarning)
             fitted = sm.GLM(wins, x, family=sm.families.Binomial(), var_weights=weights).fit()
     except (PerfectSeparationError, PerfectSeparationWarning):
         return None
-    if not fitted.converged or np.abs(fitted.params).max() > LARGEST:
+    if not fitted.converged or np.abs(x @ fitted.params).max() > LARGEST:
         return None
     p = fitted.fittedvalues
     information = (x * (weights * p * (1 - p))[:, None]).T @ x

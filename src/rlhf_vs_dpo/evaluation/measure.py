@@ -42,12 +42,13 @@ Interval = dict[str, float | None]
 
 
 class Sums(NamedTuple):
-    """Sums of a metric and of what it is a mean of, per unit of a kind: two arrays (units,)."""
+    """Sums of a metric and of what it is a mean of, per unit of a kind: two arrays (units,). A `share` lies in [0, 1]."""
 
     kind: str
     numerator: np.ndarray
     denominator: np.ndarray
     transform: Callable = same
+    share: bool = False
 
 
 class Measured(NamedTuple):
@@ -85,15 +86,15 @@ def policy(
     judge = judged_by(samples)
     groups = {name: group for name, group in samples.groupby("prompt_id")}
 
-    def mean_of(values: pd.Series) -> Sums:
+    def mean_of(values: pd.Series, share: bool = False) -> Sums:
         known = values.notna()
         parts = pd.DataFrame({"sum": (values * weight).where(known, 0.0), "count": weight.where(known, 0.0)})
         frame = parts.groupby(samples["prompt_id"]).sum().reindex(prompts, fill_value=0.0)
-        return Sums("prompt", frame["sum"].to_numpy(), frame["count"].to_numpy())
+        return Sums("prompt", frame["sum"].to_numpy(), frame["count"].to_numpy(), share=share)
 
     def per_prompt(value: Callable[[list[str]], float]) -> Sums:
         values = np.array([value(list(groups[p]["response"])) if p in groups else np.nan for p in prompts])
-        return Sums("prompt", np.nan_to_num(values), np.isfinite(values).astype(float))
+        return Sums("prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True)
 
     def wins(theirs: pd.DataFrame, by: str) -> Sums:
         other = {prompt: values.to_numpy(float) for prompt, values in theirs.groupby("prompt_id")[by]}
@@ -105,7 +106,7 @@ def policy(
                 for p in prompts
             ]
         )
-        return Sums("prompt", shares[:, 0], shares[:, 1])
+        return Sums("prompt", shares[:, 0], shares[:, 1], share=True)
 
     weighted = "weight" in samples  # a law, not a set of answers: nothing to count n-grams in
     sums = {
@@ -117,8 +118,8 @@ def policy(
         "kl": mean_of(samples["logp"] - samples["reference_logp"]),
         "tokens": mean_of(samples["tokens"].astype(float)),
         "sampled_tokens": mean_of(samples.get("sampled_tokens", samples["tokens"]).astype(float)),
-        "finished": mean_of(samples["finished"].astype(float)),
-        "filler": mean_of(samples["filler"]),
+        "finished": mean_of(samples["finished"].astype(float), share=True),
+        "filler": mean_of(samples["filler"], share=True),
         "entropy": mean_of(-samples["logp"]),
     } | {f"gold_{part}": mean_of(samples[f"gold_{part}"]) for part in PARTS}
     if not weighted:
@@ -131,7 +132,7 @@ def policy(
             "document", -corpus["logp"].to_numpy(), corpus["tokens"].to_numpy(float), np.exp
         )
         if len(facts):
-            sums["fact_recall"] = Sums("fact", facts["correct"].to_numpy(float), np.ones(len(facts)))
+            sums["fact_recall"] = Sums("fact", facts["correct"].to_numpy(float), np.ones(len(facts)), share=True)
     if pair_rewards is not None:
         sums["pair_accuracy"] = pair_accuracy(pair_rewards)
     equal_length = None
@@ -152,25 +153,25 @@ def pair_accuracy(pairs: pd.DataFrame) -> Sums:
     """How often the chosen response has the higher reward, per prompt; a tie is half right."""
     right = (pairs["chosen"] > pairs["rejected"]) + 0.5 * (pairs["chosen"] == pairs["rejected"])
     sums = pd.DataFrame({"right": right, "count": 1.0}).groupby(pairs["prompt_id"]).sum()
-    return Sums("prompt with a pair", sums["right"].to_numpy(), sums["count"].to_numpy())
+    return Sums("prompt with a pair", sums["right"].to_numpy(), sums["count"].to_numpy(), share=True)
 
 
 def row(method: str, policies: list[Measured], resamples: Resamples) -> dict[str, Estimate | None]:
     """The metrics of a method, over the policies of all its seeds; None where nothing was measured."""
     estimates: dict[str, Estimate | None] = dict.fromkeys(METRICS)
     for name in policies[0].sums:
-        kind, _, _, transform = policies[0].sums[name]
+        first = policies[0].sums[name]
         top, bottom = (
             np.stack([getattr(p.sums[name], part) for p in policies]) for part in ("numerator", "denominator")
         )
-        estimates[name] = resamples.ratio(method, kind, top, bottom, transform)
+        estimates[name] = resamples.ratio(method, first.kind, top, bottom, first.transform, first.share)
     fits = [p.equal_length for p in policies]
     if all(found is not None for found in fits):
         units = len(fits[0].influence)
         weights = resamples.units("prompt", units)
         each = np.array([found.win_rate for found in fits])
         drawn = np.stack([found.resampled(weights) for found in fits], axis=1)
-        estimates["length_controlled_win_rate"] = resamples.combine(method, each, drawn, units)
+        estimates["length_controlled_win_rate"] = resamples.combine(method, each, drawn, units, limits=(0.0, 1.0))
     return estimates
 
 

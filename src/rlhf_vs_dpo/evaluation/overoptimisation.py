@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_vs_dpo.evaluation.paths import Path
+from rlhf_vs_dpo.evaluation.statistics import Estimate
 
 AT_SFT = 0.01  # nats: a path that starts no further away starts at the SFT policy
 FORMS = {"best_of_n": lambda d: d, "rl": np.log}
@@ -33,11 +34,23 @@ class Law(NamedTuple):
         """R(d)."""
         return gain(d, self.alpha, self.beta, self.form)
 
-    def band(self, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """2.5 and 97.5 % of R(d) over the resamples."""
+    def band(self, path: Path, metric: str, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the 95 % interval of R at each d."""
         draws = gain(d[None], self.alphas[:, None], self.betas[:, None], self.form)
-        low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
-        return low, high
+        ends = [_interval(path, value, draws[:, i], metric) for i, value in enumerate(self.at(d))]
+        return np.array([low for _, low, _ in ends]), np.array([high for _, _, high in ends])
+
+
+def _interval(path: Path, value: float, draws: np.ndarray, metric: str) -> tuple[float, float, float]:
+    """A number made of the whole path, with its interval over prompts and seeds.
+
+    Seeds have the share of its variance that they have of the metric's at the end of the path.
+    """
+    end = path.points[metric][-1]
+    variance = float(np.nanvar(end.draws, ddof=1))
+    share = end.seed_variance / variance if variance > 0 else 0.0
+    found = Estimate(float(value), draws, share * float(np.nanvar(draws, ddof=1)), end.seeds, end.units).interval()
+    return found["mean"], found["low"], found["high"]
 
 
 def gain(d, alpha, beta, form: str):
@@ -46,12 +59,15 @@ def gain(d, alpha, beta, form: str):
         return np.where(np.asarray(d) > 0, d * (alpha - beta * FORMS[form](np.maximum(d, 1e-12))), 0.0)
 
 
-def peak(alpha, beta, form: str):
-    """d at which R is largest; infinite where it only rises (beta <= 0), 0 where it only falls."""
+def peak(alpha, beta, form: str, reach: float):
+    """d in [0, reach] at which R is largest: 0 where it falls from the start, `reach` where it rises to the end."""
     alpha, beta = np.asarray(alpha, float), np.asarray(beta, float)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inside = alpha / (2 * beta) if form == "best_of_n" else np.exp(alpha / beta - 1)
-    return np.where(beta > 0, np.maximum(inside, 0.0), np.inf)
+    inside = np.where((beta > 0) & np.isfinite(inside), np.clip(inside, 0.0, reach), 0.0)
+    places = np.stack([np.zeros_like(inside), inside, np.full_like(inside, reach)])
+    worth = np.stack([gain(place, alpha, beta, form) for place in places])
+    return np.take_along_axis(places, worth.argmax(0)[None], 0)[0]
 
 
 def least_squares(d: np.ndarray, r: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
@@ -84,33 +100,35 @@ def _gained(kl: np.ndarray, reward: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.sqrt(np.maximum(kl, 0.0)), reward - reward[..., :1]
 
 
-def summary(path: Path, metric: str, law: Law) -> dict[str, float | bool | None]:
+def summary(path: Path, metric: str, law: Law) -> dict[str, float | str | None]:
     """alpha, beta, how well they fit, where R peaks, and what going on to the end of the path cost.
 
-    `peak_kl` is null where the law has no peak within the KL that was reached: beyond, it would be a guess. Its interval
-    is of the resamples; an end beyond the reach is null. `lost` is R(peak) - R(end), by the law.
+    `peak_kl` is null where the law rises to the furthest KL that was reached: beyond, it would be a guess. Its interval is
+    of the percentiles of the resamples; an end at the reach is null, and `peaks` is the share of them that peak before it.
+    `lost` is R(peak) - R(end), by the law.
     """
     d, r = _gained(path.values("kl"), path.values(metric))
-    reach = float(np.nanmax(d))
-    where = float(peak(law.alpha, law.beta, law.form))
-    drawn = peak(law.alphas, law.betas, law.form)
-    low, high = np.percentile(np.where(np.isfinite(drawn), drawn, 1e6), [2.5, 97.5])
-    reached = where < reach
+    reach, end = float(np.nanmax(d)), d[-1]
+    where, drawn = float(peak(law.alpha, law.beta, law.form, reach)), peak(law.alphas, law.betas, law.form, reach)
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
     residual = r - law.at(d)
     spread = float(np.nansum((r[d > 0] - np.nanmean(r[d > 0])) ** 2))
-    lost = law.at(np.array([where]))[0] - law.at(d[-1:])[0] if reached and d[-1] > where else 0.0
-    return {
-        "alpha": law.alpha,
-        "alpha_low": float(np.nanpercentile(law.alphas, 2.5)),
-        "alpha_high": float(np.nanpercentile(law.alphas, 97.5)),
-        "beta": law.beta,
-        "beta_low": float(np.nanpercentile(law.betas, 2.5)),
-        "beta_high": float(np.nanpercentile(law.betas, 97.5)),
-        "r_squared": 1 - float(np.nansum(residual[d > 0] ** 2)) / spread if spread > 0 else None,
+    told: dict[str, float | str | None] = {
+        "form": law.form,
         "reached_kl": reach**2,
-        "peak_kl": where**2 if reached else None,
-        "peak_kl_low": float(low) ** 2 if reached and low < reach else None,
-        "peak_kl_high": float(high) ** 2 if reached and high < reach else None,
-        "peaks": float(np.mean(drawn < reach)),  # share of resamples with a peak within reach
-        "lost": float(lost) if reached else None,
+        "peaks": float(np.mean(drawn < reach)),
     }
+    for name, value, draws in (("alpha", law.alpha, law.alphas), ("beta", law.beta, law.betas)):
+        told |= dict(zip((name, f"{name}_low", f"{name}_high"), _interval(path, value, draws, metric), strict=True))
+    told["r_squared"] = 1 - float(np.nansum(residual[d > 0] ** 2)) / spread if spread > 0 else None
+    told |= dict.fromkeys(("lost", "lost_low", "lost_high", "peak_kl", "peak_kl_low", "peak_kl_high"))
+    if where < reach:
+        fell = gain(drawn, law.alphas, law.betas, law.form) - gain(end, law.alphas, law.betas, law.form)
+        lost = float(law.at(np.array(where)) - law.at(np.array(end)))
+        told |= dict(zip(("lost", "lost_low", "lost_high"), _interval(path, lost, fell, metric), strict=True))
+        told |= {
+            "peak_kl": where**2,
+            "peak_kl_low": float(low) ** 2,
+            "peak_kl_high": float(high) ** 2 if high < reach else None,
+        }
+    return told

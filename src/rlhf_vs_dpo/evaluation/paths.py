@@ -12,13 +12,15 @@ import pandas as pd
 from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples
 
 WATCHED = ("gold", "reward", "kl", "tokens", "filler", "finished")
+SHARES = ("filler", "finished")
 
 
 @dataclass(frozen=True)
 class Path:
     """Points along training: `share` (K,) of it, 0 to 1, and per metric one estimate for each point.
 
-    each, drawn     per metric (seeds, K) and (resamples, seeds, K), for choices that each run makes for itself
+    sums            per metric, numerators and denominators (seeds, K, prompts), for choices that each run makes for itself
+    kind            what is resampled: the prompts that were watched
     """
 
     method: str
@@ -34,13 +36,15 @@ class Path:
         """(resamples, K)"""
         return np.stack([point.draws for point in self.points[metric]], axis=1)
 
-    def estimate(self, value: float, draws: np.ndarray, metric: str) -> Estimate:
-        """What was read off this path, in each resample; seeds have the share of the variance that they have at its end."""
-        last = self.points[metric][-1]
-        total = float(np.nanvar(last.draws, ddof=1))
-        between = last.seed_variance / total if total > 0 else 0.0
-        spread = float(np.nanvar(draws, ddof=1)) if np.isfinite(draws).sum() > 1 else 0.0
-        return Estimate(value, draws, between * spread, last.seeds, last.units)
+    def estimate(self, value: float, draws: np.ndarray, metric: str, place: float) -> Estimate:
+        """What was read off this path at point `place` (2.5: halfway between the third and the fourth), in each resample.
+
+        Seeds have the part of the variance that they have there; resamples in which there was nothing to read are left out.
+        """
+        points = self.points[metric]
+        between = float(np.interp(place, np.arange(len(points)), [point.seed_variance for point in points]))
+        variance = float(np.nanvar(draws, ddof=1)) if np.isfinite(draws).sum() > 1 else 0.0
+        return Estimate(value, draws, min(between, variance), points[-1].seeds, points[-1].units)
 
 
 def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -> Path:
@@ -65,7 +69,9 @@ def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -
 
 def _path(method: str, share: np.ndarray, sums: dict, kind: str, resamples: Resamples) -> Path:
     points = {
-        metric: [resamples.ratio(method, kind, top[:, k], bottom[:, k]) for k in range(len(share))]
+        metric: [
+            resamples.ratio(method, kind, top[:, k], bottom[:, k], share=metric in SHARES) for k in range(len(share))
+        ]
         for metric, (top, bottom) in sums.items()
     }
     return Path(method, share, points, sums, kind)

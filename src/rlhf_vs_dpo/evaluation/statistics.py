@@ -3,21 +3,22 @@ r"""Intervals by bootstrap over prompts, and over seeds together with them (Efro
 Responses to one prompt are not independent, so that prompts are resampled, never responses. All policies share one set of
 resampled prompts: a difference between two of them is paired over prompts. Where a method ran with several seeds, each
 resample draws seeds too, S - 1 of S of them (Rao and Wu 1988: drawing all S would understate the variance of a mean by
-(S-1)/S); seeds of two methods have nothing in common and are drawn apart. A resample is then
+(S-1)/S); seeds of two methods are drawn apart, as if they had nothing in common. A resample is then
 
     value + (effect of its prompts) + c (effect of its seeds),      c^2 = max(V(seeds) - V(noise), 0) / V(seeds)
 
 for the noise of single answers varies with prompts and with seeds, and would count twice (Owen 2007, The pigeonhole
 bootstrap).
 
-One seed: percentile intervals, stretched by t / z with units - 1 degrees of freedom (Hesterberg 2015, arXiv:1411.5279,
-section 5.3). Several: the percentiles of four seeds are but a handful of numbers, and each level has its own Student's t,
+One seed: percentile intervals, their distance from the estimate stretched by t / z with units - 1 degrees of freedom (after
+Hesterberg 2015, arXiv:1411.5279, section 5.3). Several: percentiles of four seeds are but a handful of numbers, and Student's
+t has to say how little four tell. With variances V_i of levels that have t_i (prompts; seeds, by Welch's degrees of freedom
+where two methods differ), there are two ways to add up,
 
-    half width^2 = t_(units - 1)^2 V(prompts) + t_(S - 1)^2 V(seeds)
+    t(Satterthwaite's degrees of freedom) * sqrt(V_1 + V_2)         covers 87 to 95 % with two seeds, 93 to 95 % with three
+    sqrt(t_1^2 V_1 + t_2^2 V_2)         (Zou and Donner 2008)       covers 95 to 99 % with two seeds, 95 to 98 % with three
 
-(Graybill and Wang 1980, for sums of variances; seeds of two methods make one level, by Welch's degrees of freedom). It is
-Student's t interval where seeds are all that varies, the bootstrap's where prompts are, and a little wide between: 97 % where
-both weigh the same. Satterthwaite's one t for both covers 92 % with three seeds (simulated in the tests).
+and the half width used is their mean, which covers 94 to 97 % with three seeds or more (tests/test_statistics.py).
 """
 
 from collections.abc import Callable
@@ -85,13 +86,19 @@ def _ends(value: float, draws: np.ndarray, levels: list[tuple[float, int]], free
 
 
 def _half_width(alpha: float, draws: np.ndarray, levels: list[tuple[float, int]], freedom: int) -> float:
-    """Half the width of a 1 - alpha interval: each level's variance by its own Student's t."""
+    """Half the width of a 1 - alpha interval, as the head of this file says."""
     above = sum(variance for variance, _ in levels)
     rest = max(float(np.nanvar(draws, ddof=1)) - above, 0.0)
     parts = [(rest, float(max(freedom, 1)))]
     if above > 0:
         parts.append((above, above**2 / sum(variance**2 / count for variance, count in levels)))
-    return sum(variance * float(stats.t.isf(alpha / 2, count)) ** 2 for variance, count in parts) ** 0.5
+    total = sum(variance for variance, _ in parts)
+    if not total > 0:
+        return 0.0
+    together = total**2 / sum(variance**2 / count for variance, count in parts)
+    narrow = total**0.5 * float(stats.t.isf(alpha / 2, together))
+    wide = sum(variance * float(stats.t.isf(alpha / 2, count)) ** 2 for variance, count in parts) ** 0.5
+    return (narrow + wide) / 2
 
 
 class Resamples:
@@ -119,25 +126,27 @@ class Resamples:
         return np.random.default_rng([self.seed, crc32(name.encode())])
 
     def ratio(
-        self, method: str, kind: str, numerator: np.ndarray, denominator: np.ndarray, transform: Callable = same
-    ) -> Estimate:
+        self, method: str, kind: str, numerator: np.ndarray, denominator: np.ndarray, transform: Callable = same,
+        share: bool = False,
+    ) -> Estimate:  # fmt: skip
         """The mean over seeds of sum(numerator) / sum(denominator) over units, for a method.
 
         numerator, denominator: (seeds, units) sums of a metric and of its responses per prompt, so that prompts with
-        more usable responses weigh more. `transform` acts on the mean. Seeds without any usable response have no say.
+        more usable responses weigh more. `transform` acts on the mean; a `share` lies between 0 and 1. Seeds without any
+        usable response have no say.
         """
         usable = denominator.sum(1) > 0
         if not usable.any():
             return Estimate(float("nan"), np.full(self.count, np.nan))
         top, bottom = numerator[usable], denominator[usable]
-        _seeds, units = top.shape
+        units = top.shape[1]
         with np.errstate(invalid="ignore", divide="ignore"):
             each = top.sum(1) / bottom.sum(1)  # (seeds,)
             weights = self.units(kind, units)
             drawn = (weights @ top.T) / (weights @ bottom.T)  # (count, seeds)
-        share = bool(((top >= 0) & (top <= bottom)).all())
         limits = (0.0, 1.0) if share else (-np.inf, np.inf)
-        return self.combine(method, each, drawn, units, transform, limits)
+        counted = int((bottom.sum(0) > 0).sum())
+        return self.combine(method, each, drawn, counted, transform, limits)
 
     def combine(
         self, method: str, each: np.ndarray, drawn: np.ndarray, units: int, transform: Callable = same,
@@ -151,7 +160,8 @@ class Resamples:
         if len(each) > 1:
             moved = self.seeds(method, len(each)) @ each - value
             variance = float(np.var(moved, ddof=1))
-            noise = float(np.nanmean(np.var(drawn - each, axis=1, ddof=1))) / len(each)
+            whole = np.isfinite(drawn).all(1)  # resamples in which every seed has something to measure
+            noise = float(np.var((drawn - each)[whole], axis=1, ddof=1).mean()) / len(each) if whole.any() else 0.0
             between = max(variance - noise, 0.0)
             draws = draws + (moved * (between / variance) ** 0.5 if variance > 0 else 0.0)
         return Estimate(value, draws, between, len(each), units, limits, transform)
@@ -160,8 +170,9 @@ class Resamples:
 def difference(a: Estimate, b: Estimate) -> dict[str, float | None]:
     """a - b with its 95 % interval, paired over what both resampled, and the p-value of no difference.
 
-    p is the largest alpha whose interval, of the bootstrap's variances and Student's t, leaves 0 out: a share of resamples
-    could not be smaller than one in their number, which is too coarse to be corrected for many comparisons.
+    p is the smallest alpha whose interval leaves 0 out, that interval being of the bootstrap's variances and Student's t: a
+    share of resamples could not be smaller than one in their number, which is too coarse to be corrected for many
+    comparisons. (With one seed the interval shown is of percentiles, and may disagree with p near the edge.)
     """
     draws = a.draws - b.draws
     if not np.isfinite(a.value - b.value) or np.isnan(draws).all():

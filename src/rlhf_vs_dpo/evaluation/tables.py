@@ -39,22 +39,32 @@ def of_methods(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, row in found["methods"].items():
         shown = {metric: row[metric]["mean"] for metric in HEADLINES if row[metric]["mean"] is not None}
         judge = row[found["judge"]]
-        spread = found["spread"][name]
         rows[file_name(name)] = shown | {
             f"{found['judge']}_low": judge["low"],
             f"{found['judge']}_high": judge["high"],
-            "collapsed": spread["collapsed"],
         }
+        if name in found["paths"]:
+            rows[file_name(name)]["collapsed"] = found["spread"][name]["collapsed"]
     return rows
 
 
 def comparison(found: dict[str, Any]) -> pd.DataFrame:
     """A row per method with every metric and its interval."""
     rows = [
-        {"policy": name, "family": found["families"][_method(name, found)]} | flat(row)
+        {"policy": name, "family": found["families"][_method(name, found)]} | _judged(row, found) | flat(row)
         for name, row in found["methods"].items()
     ]
     return pd.DataFrame(rows)
+
+
+def best_of_n(found: dict[str, Any]) -> pd.DataFrame:
+    """Best-of-n over n, as deep as the pool goes."""
+    return pd.DataFrame([{"n": row["n"]} | _judged(row, found) | flat(row) for row in found["best_of_n"]])
+
+
+def _judged(row: dict[str, Any], found: dict[str, Any]) -> dict[str, float | None]:
+    """What is drawn of a row: the judge's reward, whichever that is, as `value`."""
+    return flat({"value": row[found["judge"]]})
 
 
 def _method(row: str, found: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ def summary(judgements: pd.DataFrame, members: dict[str, list[str]], resamples: 
             if method != "sft":
                 values = wide.loc[folders].to_numpy(float)
                 estimate = resamples.ratio(
-                    method, "judged prompt", np.nan_to_num(values), np.isfinite(values).astype(float)
+                    method, "judged prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True
                 )
                 methods[method] = estimate.interval()
         found[str(judge)] = {

@@ -69,8 +69,8 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
         for method, of in members.items()
         if method != "sft"
     }
-    costs = _costs(inputs, members, rows)
-    best, curve = _best_of_n(inputs, sft, resamples, judge)
+    costs = _costs(inputs, members, rows, methods)
+    best, wide, curve = _best_of_n(inputs, sft, resamples)
     return {
         "judge": judge,
         "seeds": inputs.seeds,
@@ -91,9 +91,14 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
         "own_best": _own_best(walked, judge, resamples, seed) | _own_n(inputs, sft, best, resamples, judge),
         "cost": costs,
         "biases": _biases(methods, inputs.pairs),
-        "length": _by_length(rows, judge),
+        "length": _by_length(rows, judge)
+        | {
+            "over_sft": {name: difference(row["tokens"], estimates["sft"]["tokens"]) for name, row in estimates.items()}
+        },
         "bounds": _bounds(inputs, members, methods, curve, sft),
         "best_of_n": curve,
+        "best_of_n_wide": wide,
+        "deep_prompts": _deep(inputs, sft)["prompt_id"].nunique(),
         "validation": {
             folder: float(table.loc[table["step"] == table["step"].max(), judge].mean())
             for folder, table in inputs.watched.items()
@@ -138,9 +143,9 @@ def _runs(row: Row) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for folder, measured in zip(row.folders, row.measured, strict=True):
         values = {}
-        for name, (_, top, bottom, transform) in measured.sums.items():
-            if bottom.sum() > 0:
-                values[name] = float(transform(top.sum() / bottom.sum()))
+        for name, sums in measured.sums.items():
+            if sums.denominator.sum() > 0:
+                values[name] = float(sums.transform(sums.numerator.sum() / sums.denominator.sum()))
         if measured.equal_length is not None:
             values["length_controlled_win_rate"] = measured.equal_length.win_rate
         found[folder] = values
@@ -213,7 +218,7 @@ def _laws(walked: dict[str, paths.Path], best: paths.Path) -> dict[str, Any]:
             if law is None:
                 continue
             d = np.linspace(0, float(np.sqrt(max(np.nanmax(path.values("kl")), 0.0))), 25)
-            low, high = law.band(d)
+            low, high = law.band(path, metric, d)
             found.setdefault(method, {"form": form})[metric] = overoptimisation.summary(path, metric, law) | {
                 "band": {"d": d.tolist(), "gain": law.at(d).tolist(), "low": low.tolist(), "high": high.tolist()}
             }
@@ -266,44 +271,50 @@ def _stacked(sums: measure.Sums) -> tuple:
     return sums.kind, sums.numerator[None], sums.denominator[None]
 
 
-def _best_of_n(inputs: Inputs, sft: pd.DataFrame, resamples: Resamples, judge: str) -> tuple[paths.Path, list[dict]]:
-    """Best-of-n over n: its path on validation prompts, to compare and to fit; and its curve on test prompts, as deep
-    as the pool goes."""
-    held = _drawn(inputs, "validation")
-    sizes = held.groupby("prompt_id").size()
-    like = held.drop_duplicates("prompt_id").assign(suffix="")
-    powers = _powers(int(sizes.min()))
+def _deep(inputs: Inputs, sft: pd.DataFrame) -> pd.DataFrame:
+    """The test prompts of the pool that have the most samples."""
     drawn = _drawn(inputs, "test", sft)
     size = drawn.groupby("prompt_id")["sample"].transform("size")
-    deep = drawn[size == size.max()]
-    deeper = _powers(int(size.max()))
-    rows, curve = {}, []
-    with bar(len(powers) + len(deeper), "best of n", "n") as progress:
-        for n in powers:
-            measured = measure.policy(
-                as_samples(held, n), None, like, inputs.demonstrations.head(0), control_length=False
+    return drawn[size == size.max()]
+
+
+def _best_of_n(inputs: Inputs, sft: pd.DataFrame, resamples: Resamples) -> tuple[paths.Path, list[dict], list[dict]]:
+    """Best-of-n over n, three times: its path on validation prompts, to compare and to fit; on all test prompts, as far as
+    all have samples; and as deep as the pool goes, on the prompts that go so deep."""
+    held, wide, deep = _drawn(inputs, "validation"), _drawn(inputs, "test", sft), _deep(inputs, sft)
+    like = held.drop_duplicates("prompt_id").assign(suffix="")
+    plan = [(held, like, n) for n in _powers(held)] + [(t, sft, n) for t in (wide, deep) for n in _powers(t)]
+    measured = []
+    with bar(len(plan), "best of n", "n") as progress:
+        for table, others, n in plan:
+            measured.append(
+                measure.policy(as_samples(table, n), None, others, inputs.demonstrations.head(0), control_length=False)
             )
-            rows[n] = measured.sums
             progress.update()
-        for n in deeper:
-            measured = measure.policy(as_samples(deep, n), None, sft, inputs.demonstrations, control_length=False)
-            curve.append({"n": n} | measure.intervals(measure.row("best of n", [measured], resamples)))
-            progress.update()
-    return paths.of_best_of_n(rows, resamples, "validation prompt of the pool"), curve
+    first, second = len(_powers(held)), len(_powers(held)) + len(_powers(wide))
+    rows = {n: found.sums for (_, _, n), found in zip(plan[:first], measured[:first], strict=True)}
+    curves = [
+        [
+            {"n": n} | measure.intervals(measure.row("best of n", [found], resamples))
+            for (_, _, n), found in zip(plan[start:end], measured[start:end], strict=True)
+        ]
+        for start, end in ((first, second), (second, len(plan)))
+    ]
+    return paths.of_best_of_n(rows, resamples, "validation prompt of the pool"), *curves
 
 
-def _powers(largest: int) -> list[int]:
-    return [2**k for k in range(largest.bit_length())]
+def _powers(pool: pd.DataFrame) -> list[int]:
+    """1, 2, 4 ... as far as every prompt of a pool has samples."""
+    return [2**k for k in range(int(pool.groupby("prompt_id").size().min()).bit_length())]
 
 
-def _costs(inputs: Inputs, members: dict[str, list[str]], rows: list[Row]) -> dict[str, Any]:
+def _costs(inputs: Inputs, members: dict[str, list[str]], rows: list[Row], methods: dict) -> dict[str, Any]:
     """What each method costs with what it needs, and what the stages cost that all share."""
     pool = inputs.pool_metrics
     spent = sum(split["tokens"] + split["tokens_read"] for split in pool.values())
     shares = {"pool": (pool["train"]["tokens"] + pool["train"]["tokens_read"]) / spent}
     of_family = families(inputs.policies)
     found = {}
-    answer = float(inputs.samples["sft"]["tokens"].mean())
     judge_keys = cost.hyperparameters(inputs.reward_settings, "")  # of the reward model: who needs it chooses them too
     for method, of in members.items():
         if method == "sft":
@@ -314,28 +325,28 @@ def _costs(inputs: Inputs, members: dict[str, list[str]], rows: list[Row]) -> di
         own = cost.hyperparameters(settings, FAMILIES[family])
         found[method] = entry | {
             "hyperparameters": own,
-            "hyperparameters_upstream": judge_keys if "reward" in needed else 0,
-            "tokens_per_answer": 1.0,
+            "hyperparameters_upstream": judge_keys * ("reward" in needed) + len(cost.POOL_KEYS) * ("pool" in needed),
         }
     for row in rows:
         if not row.trained:
+            nothing = {
+                "device": inputs.runs["pool"]["device"],
+                "models_held": 2,
+            }  # policy and reward model, at each answer
             needed = cost.needs("best_of_n", "")
-            nothing = {"device": inputs.runs["pool"]["device"], "models_held": 2}
             entry = cost.of_method([nothing], {s: inputs.runs[s] for s in needed}, shares)
-            sampled = float(
-                (row.tables[0]["sampled_tokens"] * row.tables[0]["weight"]).sum() / row.tables[0]["weight"].sum()
-            )
-            found[row.name] = entry | {
-                "hyperparameters": 1, "hyperparameters_upstream": judge_keys, "tokens_per_answer": sampled / answer,
-            }  # fmt: skip
+            found[row.name] = entry | {"hyperparameters": 1, "hyperparameters_upstream": judge_keys}
+    for name, entry in found.items():
+        entry["tokens_per_answer"] = methods[name]["sampled_tokens"]["mean"] / methods["sft"]["tokens"]["mean"]
     return found
 
 
 def _biases(methods: dict, pairs: dict[str, Any]) -> dict[str, Any]:
     """Filler and length of each policy beside those of the preference data: what was liked a little, and became of it."""
-    if not pairs.get("filler"):
+    known = [name for name in ("filler", "tokens") if (pairs.get(name) or {}).get("chosen") is not None]
+    if not known:
         return {}
-    data = {name: {side: pairs[name][side] for side in ("chosen", "rejected")} for name in ("filler", "tokens")}
+    data = {name: {side: pairs[name][side] for side in ("chosen", "rejected")} for name in known}
     return {
         "pairs": data,
         "methods": {

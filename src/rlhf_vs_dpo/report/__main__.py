@@ -10,7 +10,7 @@ from rlhf_vs_dpo.report.markdown import table
 from rlhf_vs_dpo.report.words import verdict
 
 found = json.loads(Path(sys.argv[1]).read_text())
-shown = main_table(found, linked=False)
+shown = main_table(found, set())
 print(table([shown.head, *([cell.text for cell in row] for row in shown.rows)]))
 for sentence in verdict(found):
     print("\n" + textwrap.fill(sentence, 110))

@@ -31,7 +31,10 @@ COLUMNS = {  # metric -> (heading, digits)
 
 @dataclass(frozen=True)
 class Trace:
-    """Where a policy comes from: `stage` and `lock` of DVC, `run` and `link` of MLflow, the parameters of its method."""
+    """Where a policy comes from: `stage` and `lock` of DVC, `run` and `link` of MLflow, the parameters of its method.
+
+    For best-of-n without training: where the pool comes from.
+    """
 
     folder: str
     stage: str
@@ -77,11 +80,12 @@ def blocks(source: Source) -> list[Block]:
     return [
         *(Text(sentence) for sentence in words.verdict(found)),
         Heading("The comparison", "comparison"),
-        main_table(found, linked=True),
+        main_table(found, set(source.traces)),
         *(Text(sentence) for sentence in words.limits(found)),
         Text(
             f"The reward model orders held-out pairs as the annotator did in {source.reward_quality['accuracy']:.1%} of cases "
-            f"(± {1.96 * source.reward_quality['accuracy_standard_error']:.1%}); `pairs` says the same of a policy's implicit reward."
+            f"(± {1.96 * source.reward_quality['accuracy_standard_error']:.1%})"
+            + ("; `pairs` says the same of a policy's implicit reward." if _known(found, "pair_accuracy") else ".")
         ),
         *shown("comparison", "frontier"),
         Heading("Who differs from whom", "differences"),
@@ -93,9 +97,10 @@ def blocks(source: Source) -> list[Block]:
         Heading("Three fair comparisons", "fair"),
         Text(
             "Each is fair in one respect, and all are read off the paths of training on validation prompts: at equal KL "
-            "(interpolated), at equal compute (FLOPs with all that a method needs before it starts; a dash where that alone is "
-            "more than the budget), and each at its own best watched point, chosen on one half of the prompts and measured on "
-            "the other. Test prompts chose nothing."
+            "(interpolated; a dash where a method never goes so far), at equal compute (FLOPs with all that a method needs before "
+            "it starts; a dash where that alone is more than the budget), and each at its own best watched point, chosen on one "
+            "half of the prompts and measured on the other. Best of n has no training: its n is chosen on validation prompts, and "
+            "what it is worth is measured on test prompts, so that its last columns are of other prompts. Test prompts chose nothing."
         ),
         *fair(found),
         *shown("compute"),
@@ -121,8 +126,13 @@ def blocks(source: Source) -> list[Block]:
         *judged(found),
         Heading("The same post, summarised by every policy", "texts"),
         Text(
-            "Open a post. Marks are what the gold reward says of each clause: coverage and what it adds; faithfulness, "
-            "redundancy, filler and form, and what they cost."
+            "Open a post: the first sample of each policy's first seed, and the best of the first n of the pool."
+            + (
+                " Marks are what the gold reward says of each clause: coverage, and what it adds; faithfulness, redundancy, filler "
+                "and form, and what they cost."
+                if _known(found, "gold_coverage")
+                else ""
+            )
         ),
         *texts(source),
         Heading("What theory allows", "theory"),
@@ -139,6 +149,10 @@ def blocks(source: Source) -> list[Block]:
         ),
         *traces(source.traces),
     ]
+
+
+def _known(found: dict[str, Any], metric: str) -> bool:
+    return any(row[metric]["mean"] is not None for row in found["methods"].values())
 
 
 def anchor(row: str) -> str:
@@ -158,15 +172,15 @@ def _ranked(found: dict[str, Any]) -> list[str]:
     return sorted(value, key=lambda row: float("-inf") if value[row] is None else value[row], reverse=True)
 
 
-def main_table(found: dict[str, Any], linked: bool) -> Table:
-    """Every row with its metrics, best first; columns without any value are left out."""
+def main_table(found: dict[str, Any], traced: set[str]) -> Table:
+    """Every row with its metrics, best first, linked to where it comes from; columns without any value are left out."""
     shown = {
         m: spec for m, spec in COLUMNS.items() if any(row[m]["mean"] is not None for row in found["methods"].values())
     }
     rows = []
     for row in _ranked(found):
         method = row.partition(" [")[0]
-        link = f"#{anchor(method)}" if linked and (method in found["paths"] or method == "sft") else None
+        link = f"#{anchor(method)}" if method in traced else None
         rows.append(
             [Cell(row, link=link), *(cell(found["methods"][row][m], digits) for m, (_, digits) in shown.items())]
         )
@@ -224,7 +238,7 @@ def overoptimisation(found: dict[str, Any]) -> list[Block]:
                 continue
             peak = "not within reach" if law["peak_kl"] is None else f"{law['peak_kl']:.2f}"
             if law["peak_kl"] is not None:
-                low = "?" if law["peak_kl_low"] is None else f"{law['peak_kl_low']:.2f}"
+                low = f"{law['peak_kl_low']:.2f}"
                 high = "beyond" if law["peak_kl_high"] is None else f"{law['peak_kl_high']:.2f}"
                 peak += f" ({low} to {high})"
             rows.append(
@@ -235,7 +249,10 @@ def overoptimisation(found: dict[str, Any]) -> list[Block]:
                     Cell("–" if law["r_squared"] is None else f"{law['r_squared']:.2f}", law["r_squared"]),
                     Cell(f"{law['reached_kl']:.2f}", law["reached_kl"]), Cell(peak, law["peak_kl"]),
                     Cell(f"{law['peaks']:.0%}", law["peaks"]),
-                    Cell("–" if law["lost"] is None else f"{law['lost']:.2f}", law["lost"]),
+                    Cell(
+                        "–" if law["lost"] is None else f"{law['lost']:.2f} ({law['lost_low']:.2f} to {law['lost_high']:.2f})",
+                        law["lost"],
+                    ),
                 ]
             )  # fmt: skip
     return [
@@ -324,51 +341,52 @@ def shared_costs(shared: dict[str, dict[str, Any]]) -> Table:
 
 def inference(found: dict[str, Any]) -> list[Block]:
     """What an answer costs where more is sampled for it than is given."""
-    lines = [
+    return [
         Text(
             f"{row} needs no training and pays for each answer: {found['methods'][row]['sampled_tokens']['mean']:.0f} tokens "
             f"sampled, and every sample scored by the reward model, for one answer of {found['methods'][row]['tokens']['mean']:.0f} "
-            f"tokens: {spent['tokens_per_answer']:.1f} times what the SFT policy samples."
+            f"tokens: {spent['tokens_per_answer']:.1f} times what the SFT policy samples. That is in no total above."
         )
         for row, spent in found["cost"].items()
-        if spent["tokens_per_answer"] > 1.01
+        if row not in found["paths"]
     ]
-    return lines
 
 
 def bent(found: dict[str, Any]) -> list[Block]:
+    data = found["biases"].get("pairs", {})
     rows = []
     for row in _ranked(found):
         metrics, bias = found["methods"][row], found["biases"].get("methods", {}).get(row, {})
         rows.append(
             [
-                Cell(row),
-                *(cell(metrics[m], d) for m, d in (("tokens", 1), ("filler", 2))),
-                *(Cell("–" if bias.get(b) is None else f"{bias[b]:+.2f}", bias.get(b)) for b in ("tokens", "filler")),
+                Cell(row), cell(metrics["tokens"], 1), cell(found["length"]["over_sft"][row], 1),
+                Cell("–" if bias.get("tokens") is None else f"{bias['tokens']:+.1f}", bias.get("tokens")),
+                cell(metrics["filler"], 2),
+                Cell("–" if bias.get("filler") is None else f"{bias['filler']:+.2f}", bias.get("filler")),
                 *(cell(metrics[m], 2) for m in ("entropy", "distinct_1", "distinct_2", "self_similarity")),
             ]
-        )
+        )  # fmt: skip
     head = [
-        "policy",
-        "tokens",
-        "filler",
-        "tokens over chosen",
-        "filler over chosen",
-        "entropy",
-        "distinct-1",
-        "distinct-2",
-        "self-similarity",
-    ]
-    data = found["biases"].get("pairs")
+        "policy", "tokens", "tokens over SFT's", "tokens over chosen", "filler", "filler over chosen", "entropy", "distinct-1",
+        "distinct-2", "self-similarity",
+    ]  # fmt: skip
+    said = []
+    if "filler" in data:
+        said.append(
+            f"{data['filler']['chosen']:.0%} of chosen and {data['filler']['rejected']:.0%} of rejected responses have a filler phrase"
+        )
+    if "tokens" in data:
+        said.append(
+            f"chosen responses have {data['tokens']['chosen']:.1f} tokens and rejected ones {data['tokens']['rejected']:.1f}"
+        )
     before = (
         [
             Text(
-                f"In the preference data {data['filler']['chosen']:.0%} of chosen and {data['filler']['rejected']:.0%} of rejected "
-                f"responses have a filler phrase, of {data['tokens']['chosen']:.1f} and {data['tokens']['rejected']:.1f} tokens: that "
-                "is the annotator's taste. What a policy has beyond the chosen responses, it has amplified."
+                f"In the preference data {', and '.join(said)}: that is the annotator's taste. What a policy has beyond the chosen "
+                "responses, it has amplified."
             )
         ]
-        if data
+        if said
         else []
     )
     return [*before, Table(head, rows, "Length, filler and diversity on test prompts", "bent")]
@@ -396,7 +414,7 @@ def judged(found: dict[str, Any]) -> list[Block]:
     return [
         Heading("Judges", "judges"),
         Text(
-            "Each policy's first sample against the SFT policy's first, one comparison for each prompt; a tie is half a win."
+            "Each policy's first sample against the SFT policy's first, one comparison for each prompt, whether it ended or not; a tie is half a win."
         ),
         Table(["policy", *judges], rows, "Win rate against the SFT policy by each judge", "judges-table"),
         *notes,

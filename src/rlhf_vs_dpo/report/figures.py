@@ -177,7 +177,7 @@ def comparison(plt, found: dict[str, Any], style: Style) -> Figure:
 def frontier(plt, found: dict[str, Any], style: Style) -> Figure:
     judge = found["judge"]
     figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    curve = found["best_of_n"]
+    curve = found["best_of_n_wide"]
     axis.plot([r["kl"]["mean"] for r in curve], [r[judge]["mean"] for r in curve], ":", color=FAMILY_COLOURS["best_of_n"],
               label="best of n, over n")  # fmt: skip
     for row, metrics in _rows(found):
@@ -195,7 +195,8 @@ def frontier(plt, found: dict[str, Any], style: Style) -> Figure:
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return Figure(
         "frontier",
-        f"{NAMES[judge].capitalize()} against the distance from the SFT policy, on test prompts: up and to the left is better",
+        f"{NAMES[judge].capitalize()} against the distance from the SFT policy, on test prompts; dotted: best of n, up to n = "
+        f"{curve[-1]['n']}. KL is what the RL objective pays for, not a fair axis: see the three comparisons",
         f"Scatter of {NAMES[judge]} against KL. KL: {_spoken(found, 'kl')}",
         figure,
     )
@@ -303,7 +304,12 @@ def cost(plt, found: dict[str, Any], style: Style) -> Figure:
     axes[0].set_ylabel(NAMES[judge])
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     parts = ", ".join(f"{row} {spent['total']['flops']:.2g}" for row, spent in found["cost"].items())
-    return Figure("cost", "Cost against quality on test prompts", f"Total FLOPs: {parts}.", figure)
+    return Figure(
+        "cost",
+        "Cost of training against quality on test prompts (best of n pays at every answer besides)",
+        f"Total FLOPs: {parts}.",
+        figure,
+    )
 
 
 def length(plt, found: dict[str, Any], style: Style) -> Figure:
@@ -312,7 +318,7 @@ def length(plt, found: dict[str, Any], style: Style) -> Figure:
     _points(axes[0], rows, style, "tokens")
     _name_rows(axes[0], rows)
     axes[0].set_xlabel("tokens per response")
-    if found["biases"]:
+    if "tokens" in found["biases"].get("pairs", {}):
         for side, line in (("chosen", "-"), ("rejected", ":")):
             axes[0].axvline(
                 found["biases"]["pairs"]["tokens"][side],
@@ -333,7 +339,9 @@ def length(plt, found: dict[str, Any], style: Style) -> Figure:
     axes[1].set_ylabel(NAMES[found["judge"]])
     return Figure(
         "length",
-        "Length: tokens per response beside those of the preference data, and reward by length (markers as on the left)",
+        "Length: tokens per response"
+        + (", beside those of the preference data," if "tokens" in found["biases"].get("pairs", {}) else "")
+        + " and reward by length (markers as on the left; bins with fewer than 20 responses are left out)",
         f"Tokens per response: {_spoken(found, 'tokens', 1)}",
         figure,
     )
@@ -371,14 +379,19 @@ def diversity(plt, found: dict[str, Any], style: Style) -> Figure:
     for axis, metric in zip(axes[0], shown, strict=True):
         _points(axis, rows, style, metric)
         axis.set_xlabel(names[metric])
-        if metric == "filler" and found["biases"]:
+        if metric == "filler" and "filler" in found["biases"].get("pairs", {}):
             for side, line in (("chosen", "-"), ("rejected", ":")):
                 axis.axvline(found["biases"]["pairs"]["filler"][side], color="grey", linestyle=line, linewidth=1)
     _name_rows(axes[0][0], rows)
     return Figure(
         "diversity",
-        "How varied answers to one prompt are, and how the annotator's taste for filler is amplified (grey line: share among "
-        "chosen responses, dotted: among rejected ones)",
+        "How varied answers to one prompt are"
+        + (
+            ", and how the annotator's taste for filler is amplified (grey line: share among chosen responses, dotted: among "
+            "rejected ones)"
+            if "filler" in found["biases"].get("pairs", {})
+            else ""
+        ),
         f"Distinct bigrams: {_spoken(found, 'distinct_2')}"
         + (f" Share with filler: {_spoken(found, 'filler')}" if "filler" in shown else ""),
         figure,
@@ -409,7 +422,8 @@ def best_of_n(plt, found: dict[str, Any], style: Style) -> Figure:
         axis.set_xlabel("n")
         axis.set_title(title)
     values = ", ".join(f"n = {row['n']}: {row[judge]['mean']:.2f}" for row in curve if row[judge]["mean"] is not None)
-    return Figure("best_of_n", "Best of n without training, from one pool (unbiased order-statistic estimate)",
+    return Figure("best_of_n", f"Best of n without training, from one pool (unbiased order-statistic estimate), on the {found['deep_prompts']} test prompts "
+        "that have the most samples",
                   f"{NAMES[judge].capitalize()}: {values}.", figure)  # fmt: skip
 
 

@@ -1,7 +1,11 @@
 """Blocks as Markdown, for git; figures are the PNG files beside it."""
 
+import re
+from html import escape
+
 from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, Table, Text
 from rlhf_vs_dpo.report.figures import Figure
+from rlhf_vs_dpo.report.marks import Piece
 
 
 def table(rows: list[list[str]]) -> str:
@@ -12,19 +16,33 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
 
 
-def _cell(cell: Cell) -> str:
-    text = plain(cell.text)
-    return f"[{text}]({cell.link})" if cell.link and not cell.link.startswith("#") else text
+def _cell(cell: Cell, headings: dict[str, str]) -> str:
+    text = cell.text.replace("|", "\\|")
+    link = f"#{headings[cell.link[1:]]}" if cell.link and cell.link[1:] in headings else cell.link
+    return f"[{text}]({link})" if link else text
 
 
-def plain(text: str) -> str:
-    """Text that cannot break out of a table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+def foreign(text: str) -> str:
+    """Somebody's text on one line, such that nothing in it is Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", " ".join(text.split()))
+
+
+def _piece(piece: Piece) -> str:
+    text = foreign(piece.text)
+    if not piece.parts:
+        return f" {text} " if piece.text.strip() in (",", ".") else text
+    return f"**{text}** (" + ", ".join(f"{part} {worth:+.2g}" for part, worth in piece.parts.items()) + ")"
+
+
+def _slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def render(blocks: list[Block], title: str | None = "RLHF versus DPO: the comparison") -> str:
     """The report as one Markdown text."""
     parts = [f"# {title}"] if title else []
+    headings = {block.anchor: _slug(block.text) for block in blocks if isinstance(block, Heading)}
     for block in blocks:
         match block:
             case Heading():
@@ -32,20 +50,17 @@ def render(blocks: list[Block], title: str | None = "RLHF versus DPO: the compar
             case Text():
                 parts.append(block.text)
             case Table():
-                parts.append(table([block.head, *([_cell(cell) for cell in row] for row in block.rows)]))
+                parts.append(table([block.head, *([_cell(cell, headings) for cell in row] for row in block.rows)]))
                 parts.append(f"*{block.caption}.*" if not block.caption.endswith(".") else f"*{block.caption}*")
             case Figure():
                 parts.append(f"![{block.alt}](figures/{block.name}.png)\n\n*{block.caption}.*")
             case Details():
                 inner = render(block.blocks, None)
-                parts.append(f"<details><summary>{plain(block.summary)}</summary>\n\n{inner}\n</details>")
+                parts.append(f"<details><summary>{escape(block.summary)}</summary>\n\n{inner}\n</details>")
             case Responses():
                 rows = [["who", "gold", "response"]]
                 for who, gold, pieces in block.rows:
-                    said = "".join(
-                        f"**{plain(piece.text)}** ({piece.part} {piece.worth:+.2g})" if piece.part else piece.text
-                        for piece in pieces
-                    )
-                    rows.append([who, "" if gold is None else f"{gold:.2f}", plain(said)])
-                parts.append(f"> {plain(block.prompt)}\n\n{table(rows)}")
+                    said = "".join(_piece(piece) for piece in pieces)
+                    rows.append([who, "" if gold is None else f"{gold:.2f}", said])
+                parts.append(f"> {foreign(block.prompt)}\n\n{table(rows)}")
     return "\n\n".join(parts) + "\n"

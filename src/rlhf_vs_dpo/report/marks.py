@@ -8,11 +8,14 @@ SEPARATOR = " , "  # between clauses of the built-in world
 
 
 class Piece(NamedTuple):
-    """A stretch of a response, the part of the gold reward that it changed, and by how much; no part where it did nothing."""
+    """A stretch of a response, and what it adds to each part of the gold reward; nothing where it did nothing."""
 
     text: str
-    part: str | None
-    worth: float
+    parts: dict[str, float]
+
+    @property
+    def worth(self) -> float:
+        return sum(self.parts.values())
 
 
 def marked(judge: Gold | None, prompt: str, facts: str | None, response: str) -> list[Piece]:
@@ -23,7 +26,7 @@ def marked(judge: Gold | None, prompt: str, facts: str | None, response: str) ->
     has no parts (or that has none) gives the response as it is.
     """
     if judge is None or not response.strip():
-        return [Piece(response, None, 0.0)]
+        return [Piece(response, {})]
     body, dot, rest = response.partition(" .")
     clauses = body.split(SEPARATOR)
     before = dict.fromkeys(PARTS, 0.0)
@@ -31,14 +34,13 @@ def marked(judge: Gold | None, prompt: str, facts: str | None, response: str) ->
     for number in range(len(clauses)):
         scored = judge.score(prompt, facts, SEPARATOR.join(clauses[: number + 1]) + " .")
         if not any(f"gold_{part}" in scored for part in PARTS):
-            return [Piece(response, None, 0.0)]
+            return [Piece(response, {})]
         now = {part: scored[f"gold_{part}"] for part in PARTS}
         changed = {part: now[part] - before[part] for part in PARTS if abs(now[part] - before[part]) > 1e-9}
         before = now
-        part = max(changed, key=lambda name: abs(changed[name])) if changed else None
-        pieces.append(Piece(clauses[number], part, sum(changed.values())))
+        pieces.append(Piece(clauses[number], changed))
         if number + 1 < len(clauses):
-            pieces.append(Piece(SEPARATOR, None, 0.0))
+            pieces.append(Piece(SEPARATOR, {}))
     whole = judge.score(prompt, facts, response)["gold_form"] - before["form"]
-    pieces.append(Piece(dot + rest if dot else " (no end)", "form" if abs(whole) > 1e-9 else None, whole))
+    pieces.append(Piece(dot + rest if dot else " (no end)", {"form": whole} if abs(whole) > 1e-9 else {}))
     return pieces

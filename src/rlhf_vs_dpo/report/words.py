@@ -40,8 +40,8 @@ def best_of_family(found: dict[str, Any], family: str) -> str | None:
     scored = {}
     for method, its in found["families"].items():
         if its == family and method in found["runs"]:
-            values = [found["validation"][f] for f in found["runs"][method] if found["validation"].get(f) is not None]
-            if values:
+            values = [found["validation"].get(folder) for folder in found["runs"][method]]
+            if values and None not in values:  # a method of which one run says nothing that ends is not the best
                 scored[method] = float(np.mean(values))
     return max(scored, key=scored.__getitem__) if scored else None
 
@@ -51,15 +51,9 @@ def verdict(found: dict[str, Any]) -> list[str]:
     judge = found["judge"]
     measured = {row: m[judge] for row, m in found["methods"].items() if m[judge]["mean"] is not None}
     if "sft" not in measured or len(measured) < 2:
-        return ["No policy could be judged: none of them finished a response."]
+        return ["Too few policies finished a response to be compared."]
     leader = max(measured, key=lambda row: measured[row]["mean"])
-    equals = [
-        row
-        for row in measured
-        if row not in (leader, "sft")
-        and pair(found, leader, row)["p_holm"] is not None
-        and pair(found, leader, row)["p_holm"] >= ALPHA
-    ]
+    equals = [row for row in measured if row != leader and (pair(found, leader, row)["p_holm"] or 0.0) >= ALPHA]
     seeds = len(found["seeds"])
     first = (
         f"On {found['prompts']} test prompts {leader} has the highest {NAMES[judge]}, {number(measured[leader])}, against "
@@ -68,7 +62,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if leader == "sft":
         first = f"On {found['prompts']} test prompts no policy has a higher {NAMES[judge]} than the SFT policy, {number(measured['sft'])}; "
     first += (
-        f"after Holm's correction over all pairs it cannot be told from {_listed(equals)}."
+        f"after Holm's correction over all pairs it cannot be told from {_listed(['the SFT policy' if e == 'sft' else e for e in equals])}."
         if equals
         else "after Holm's correction over all pairs it differs from every other row."
     )
@@ -96,11 +90,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if seeds == 1:
         third += "one seed per method was run, so that none of this says how another training run would have ended."
     else:
-        spread = {
-            row: s["standard_deviation"] for row, s in found["spread"].items() if s["standard_deviation"] is not None
-        }
-        collapsed = sum(round(s["collapsed"] * s["seeds"]) for s in found["spread"].values())
-        runs = sum(s["seeds"] for row, s in found["spread"].items() if row in found["paths"])
+        trained = {row: s for row, s in found["spread"].items() if row in found["paths"]}
+        spread = {row: s["standard_deviation"] for row, s in trained.items() if s["standard_deviation"] is not None}
+        collapsed = sum(round(s["collapsed"] * s["seeds"]) for s in trained.values())
+        runs = sum(s["seeds"] for s in trained.values())
         widest = max(spread, key=spread.__getitem__) if spread else None
         third += f"over {seeds} seeds, {collapsed} of {runs} runs collapsed"
         third += (
@@ -121,7 +114,8 @@ def limits(found: dict[str, Any]) -> list[str]:
             "compare these policies, not their methods."
             if seeds == 1
             else f" and over {seeds} seeds together, widened for how few seeds there are. SFT policy, pairs and reward model are "
-            "those of one seed: what another reward model would have done is not in them."
+            "those of one seed: what another reward model would have done is not in them. Where a fit peaks, the interval is of "
+            "plain percentiles."
         ),
         "Each method was run at one setting (params.yaml): the order of methods is an order of settings, too.",
         "RM reward is the mean over responses that ended, for there is no EOS to score the others at."
