@@ -1,6 +1,7 @@
 """The whole graph with the smoke profile, as a user runs it. Marked `pipeline`; minutes, and part of `make test`."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -678,3 +679,34 @@ def test_own_preferences_go_through_the_whole_graph(form, tmp_path):
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
     pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all()
+
+
+@pytest.mark.slow
+def test_a_queued_sweep_is_shown_by_dvc_and_grouped_by_mlflow(tmp_path):
+    """Three values of beta: one of them is the default, whose run the run cache brings back."""
+    from mlflow.tracking import MlflowClient
+
+    folder = copy_project(tmp_path / "project", "smoke")
+    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": [], "best_of_n": []})
+    (folder / ".dvc" / "config.local").unlink()
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"],
+    ):
+        run(folder, "git", *command)
+    run(folder, "dvc", "repro", "report")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "run")
+    run(folder, "dvc", "exp", "run", "--queue", "-S", "preference.dpo.beta=0.05,0.1,0.5")
+    run(folder, "dvc", "exp", "run", "--run-all")
+    shown = pd.read_csv(io.StringIO(run(folder, "dvc", "exp", "show", "--csv", "--only-changed").split("\n", 0)[0]))
+    tried = shown[shown["rev"] != "workspace"]["preference.dpo.beta"].astype(float)
+    assert {0.05, 0.1, 0.5} <= set(tried)
+    gold = [column for column in shown if column.endswith("dpo.json:gold") or column == "gold"]
+    assert gold or any("gold" in column for column in shown), list(shown)
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("rlhf-vs-dpo").experiment_id], "tags.method = 'dpo'")
+    grouped = {entry.data.params["method.beta"]: entry.data.tags.get("dvc.exps", "") for entry in runs}
+    assert set(grouped) == {"0.05", "0.1", "0.5"} and all(grouped.values())
+    assert not (folder / ".dvc" / "tmp" / "exps" / "mlflow.db").exists()  # the store is the repository's own
