@@ -201,9 +201,12 @@ def holm(p_values: list[float | None]) -> list[float | None]:
     return [None if p is None else next(corrected) for p in p_values]
 
 
-def win_share(ours: np.ndarray, weights: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+def win_share(
+    ours: np.ndarray, weights: np.ndarray, theirs: np.ndarray, their_weights: np.ndarray | None = None
+) -> tuple[float, float]:
     """(wins, comparisons) of every response of one policy against every response of another to the same prompt; a tie is
-    half a win. Each of ours counts as often as its weight says. Responses without a value (NaN: they never ended) lose
-    against those with one, and tie among themselves."""
+    half a win. Each response counts as often as its weight says (theirs once each, where none are given). Responses without
+    a value (NaN: they never ended) lose against those with one, and tie among themselves."""
     a, b = np.nan_to_num(ours, nan=-np.inf)[:, None], np.nan_to_num(theirs, nan=-np.inf)[None, :]
-    return float((weights[:, None] * ((a > b) + 0.5 * (a == b))).sum()), float(weights.sum() * b.size)
+    others = np.ones(len(theirs)) if their_weights is None else their_weights
+    return float(weights @ ((a > b) + 0.5 * (a == b)) @ others), float(weights.sum() * others.sum())

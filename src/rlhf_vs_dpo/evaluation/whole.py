@@ -10,7 +10,7 @@ from rlhf_vs_dpo.config import FAMILIES, Evaluate, families, folders
 from rlhf_vs_dpo.evaluation import comparisons, cost, measure, overoptimisation, paths
 from rlhf_vs_dpo.evaluation.best_of_n import as_samples
 from rlhf_vs_dpo.evaluation.bounds import of_best_of_n, of_imitation
-from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, difference, holm
+from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, difference, holm, win_share
 from rlhf_vs_dpo.progress import bar
 
 LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
@@ -186,19 +186,13 @@ def _differences(rows: list[Row], estimates: dict, judge: str) -> list[dict[str,
                 for prompt, (ours, weight) in answers[i].items():
                     theirs, other = answers[j].get(prompt, (None, None))
                     if theirs is not None:
-                        shares.append(_weighted_win(ours, weight, theirs, other))
+                        shares.append(np.divide(*win_share(ours, weight, theirs, other)))
                 entry = difference(estimates[a.name][judge], estimates[b.name][judge])
                 found.append({"a": a.name, "b": b.name} | entry | {"wins": float(np.mean(shares)) if shares else None})
                 progress.update()
     for entry, corrected in zip(found, holm([entry["p"] for entry in found]), strict=True):
         entry["p_holm"] = corrected
     return found
-
-
-def _weighted_win(ours: np.ndarray, weight: np.ndarray, theirs: np.ndarray, other: np.ndarray) -> float:
-    """Share of comparisons won, where both sides' responses have weights."""
-    a, b = np.nan_to_num(ours, nan=-np.inf)[:, None], np.nan_to_num(theirs, nan=-np.inf)[None, :]
-    return float(weight @ ((a > b) + 0.5 * (a == b)) @ other / (weight.sum() * other.sum()))
 
 
 def _points(path: paths.Path) -> list[dict[str, Any]]:
