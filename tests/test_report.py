@@ -65,7 +65,8 @@ def test_the_verdict_follows_the_numbers(found):
     first, second, third = words.verdict(found)
     assert "ppo has the highest gold reward" in first and words.number(found["methods"]["ppo"]["gold"]) in first
     assert "ppo (RL) and dpo (DPO family), ppo is ahead" in second
-    assert f"p {words.p_value(words.pair(found, 'ppo', 'dpo')['p_holm'], '=')} after correction" in second
+    gap = words.pair(found, "ppo", "dpo")
+    assert f"p {words.p_value(gap['p'], '=')} alone and {words.p_value(gap['p_holm'], '=')} after correction" in second
     assert "3 seeds, 0 of 12 runs collapsed" in third and "holds 1 model at once against 1" in third
     # Turn the numbers round, and the sentences turn with them.
     turned = json.loads(json.dumps(found).replace('"ppo', '"@').replace('"dpo', '"ppo').replace('"@', '"dpo'))

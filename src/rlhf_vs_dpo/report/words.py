@@ -74,7 +74,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
         second = (
             f"Of the methods that are best of their family on validation prompts, {rl} (RL) and {preference} (DPO family), "
             + (f"{ahead} is ahead: " if clear else "neither is clearly ahead: ")
-            + f"the difference is {number(gap)} in {NAMES[judge]}, p {p_value(gap['p_holm'], sign='=')} after correction, and {rl} wins "
+            + f"the difference is {number(gap)} in {NAMES[judge]}, p {p_value(gap['p'], sign='=')} alone and {p_value(gap['p_holm'], sign='=')} after correction, and {rl} wins "
             f"{gap['wins']:.0%} of direct comparisons."
         )
         a, b = found["cost"][rl], found["cost"][preference]
