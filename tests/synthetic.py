@@ -1,6 +1,7 @@
 """A finished run made up of numbers whose truth is known: what `evaluate` reads, without a model behind it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from rlhf_vs_dpo import config
 from rlhf_vs_dpo.evaluation import whole
 from rlhf_vs_dpo.gold import PARTS
 
+PARAMS = Path(__file__).parents[1] / "profiles" / "default.yaml"
 METHODS = {
     "ppo": ("rl", 1.0, 2.0),
     "dpo": ("preference", 0.5, 1.0),
@@ -36,7 +38,7 @@ def responses(rng, folder, prompts, gain, kl, finished=1.0, per_prompt=3):
 
 def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
     """`whole.Inputs` of three methods; seeds in `collapsed` (folders) never end a response."""
-    params = config.read_params()
+    params = config.read_params(PARAMS)
     params["policies"] = {family: [] for family in config.FAMILIES} | {"best_of_n": [4]}
     for method, (family, _, _) in METHODS.items():
         params["policies"][family].append(method)
@@ -114,7 +116,7 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
 
 
 def settings(**changes):
-    return config.section(config.read_params(), "evaluate").model_copy(update={"resamples": 300} | changes)
+    return config.section(config.read_params(PARAMS), "evaluate").model_copy(update={"resamples": 300} | changes)
 
 
 def found(**of):
