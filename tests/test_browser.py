@@ -185,7 +185,8 @@ folders = sorted({entry["folder"] for entry in tables.for_tracking(found, inputs
 outs = "".join(f"  x@{f}:\\n    outs:\\n    - path: models/{f}\\n      md5: {i:032d}.dir\\n" for i, f in enumerate(folders))
 Path("dvc.lock").write_text("stages:\\n" + outs)
 Path("params.yaml").write_text((Path(sys.argv[2]).parent / "params.yaml").read_text())
-for entry in tables.for_tracking(found, inputs) + [{"folder": "pool", "method": "pool", "family": None}]:
+entries = {entry["folder"]: entry for entry in tables.for_tracking(found, inputs)}  # one of a policy with two prompts
+for entry in [*entries.values(), {"folder": "pool", "method": "pool", "family": None}]:
     tags = {"method": entry["method"], "family": entry["family"], "policy": entry["folder"], "seed": "0"} if entry["family"] else {}
     if entry["family"] != "best_of_n":
         with tracking.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
@@ -250,9 +251,13 @@ def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
 
     folder, address = mlflow_ui
     expected = policies_of(folder)
-    sized(browser, (1800, 1100))
+    sized(browser, (2600, 1100))
     browser.get(address.partition("#")[0])
-    browser.execute_script("localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")
+    for key, value in (
+        ("panelOpen_v1", "false"),
+        ("fab.autoOpenedOnFirstLoad_v1", "true"),
+    ):  # a panel that hides columns
+        browser.execute_script(f"localStorage.setItem('mlflow.assistant.{key}', '{value}')")
     browser.get(address)
     wait = WebDriverWait(browser, 90)
     wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "[role=row] a[href*='/runs/']")) >= len(expected))
