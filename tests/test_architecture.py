@@ -91,7 +91,7 @@ def test_commands_hold_paths_and_no_hyper_parameters(name):
         assert (
             option in ("--method", "--seed")
             or "/" in value
-            or value in ("data", "samples", "heldout", "curves", "runs", "report")
+            or value in ("data", "samples", "heldout", "curves", "runs", "report", "plots")
         )
 
 
