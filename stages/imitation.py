@@ -26,7 +26,7 @@ def main(
     """Maximum likelihood of what a recipe keeps, once or in several rounds of sampling and keeping."""
     launch.on_all_devices()
     tags = {"family": "imitation", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with tracking.stage(f"imitation@{method}-{seed}", [sft, pairs, pool, prompts], run_file, **tags) as run:
+    with tracking.stage(f"imitation@{method}-{seed}", [sft, prompts], run_file, **tags) as run:
         import torch
 
         from rlhf_vs_dpo import gold, models, schemas
@@ -47,9 +47,11 @@ def main(
         samples = 0
         if imitation.NEEDS[settings.recipe] == "pairs":
             learned = schemas.read_table(pairs, "pairs", "train")
+            run.reads(pairs)
             examples = imitation.from_pairs(settings.recipe, learned, tokenizer, models.context_of(model))
         else:
             drawn = schemas.read_table(pool, "pool", "train")
+            run.reads(pool, *([reward] if settings.rounds > 1 else []))
             asked = schemas.read_table(prompts, "prompts", "train")
             known = imitation.prompt_ids(tokenizer, asked[asked["prompt_id"].isin(drawn["prompt_id"])])
             samples = int(drawn["sample"].max()) + 1

@@ -18,14 +18,13 @@ def main(
     with tracking.stage("judge", [prompts]) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import config, judges, schemas
+        from rlhf_vs_dpo import answers, config, judges, schemas
 
         settings = run.section("judging")
         folders = [f for of in config.folders(run.section("policies"), run.section("seeds")).values() for f in of]
 
         def first(folder: str) -> pd.Series:
-            table = schemas.read_table(samples / f"{folder}.parquet", "samples")
-            table = table[(table["suffix"] == table["suffix"].iloc[0]) & (table["sample"] == 0)]
+            table = answers.first(schemas.read_table(samples / f"{folder}.parquet", "samples"))
             return table.set_index("prompt_id")["response"]
 
         theirs = first("sft").head(settings.prompts)

@@ -28,7 +28,7 @@ def main(
     """One loop, one loss each; no reward model is part of it, and no sampling where there is one round."""
     launch.on_all_devices()
     tags = {"family": "preference", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with tracking.stage(f"preference@{method}-{seed}", [sft, pairs, reference], run_file, **tags) as run:
+    with tracking.stage(f"preference@{method}-{seed}", [sft, pairs, prompts], run_file, **tags) as run:
         import numpy as np
         import pandas as pd
         import torch
@@ -50,6 +50,7 @@ def main(
         stored = None
         if preference.NEEDS_REFERENCE[settings.loss]:
             stored = preference.stored_reference(whole, schemas.read_table(reference, "reference"), reference)
+            run.reads(reference)
 
         def encoded(rows: pd.DataFrame) -> list[list[text.Tokens]]:
             return [text.encode(tokenizer, rows["prompt"], rows[side], rows["pair_id"], context) for side in SIDES]

@@ -27,16 +27,14 @@ def main(
     with tracking.stage("report", [results]) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import atomic, config, gold, schemas
+        from rlhf_vs_dpo import answers, atomic, config, gold, schemas
         from rlhf_vs_dpo.report import content, figures, markdown, page
 
         chosen = run.section("policies")
         members, family = config.folders(chosen, run.section("seeds")), config.families(chosen)
 
         def first(folder: str) -> dict[str, str]:
-            """First sample for each prompt, the policy prompted as it is meant to be."""
-            table = schemas.read_table(samples / f"{folder}.parquet", "samples")
-            table = table[(table["suffix"] == table["suffix"].iloc[0]) & (table["sample"] == 0)]
+            table = answers.first(schemas.read_table(samples / f"{folder}.parquet", "samples"))
             return dict(zip(table["prompt_id"], table["response"], strict=True))
 
         def best_of_first(n: int) -> dict[str, str]:

@@ -28,7 +28,7 @@ def main(
     """Reinforcement learning with a KL penalty towards the SFT policy."""
     launch.on_all_devices()
     tags = {"family": "rl", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with tracking.stage(f"rl@{method}-{seed}", [sft, reward, prompts], run_file, **tags) as run:
+    with tracking.stage(f"rl@{method}-{seed}", [sft, reward, prompts, demonstrations], run_file, **tags) as run:
         import torch
 
         from rlhf_vs_dpo import gold, models, schemas, text
@@ -41,8 +41,10 @@ def main(
         model, tokenizer = models.load_policy(sft)
         reference, _ = models.load_policy(sft)
         train = schemas.read_table(prompts, "prompts", "train")
-        ptx = getattr(settings, "ptx_coefficient", 0.0) > 0
-        documents = schemas.read_table(corpus, "corpus", "train")["text"] if ptx else []
+        documents = []
+        if getattr(settings, "ptx_coefficient", 0.0) > 0:
+            documents = schemas.read_table(corpus, "corpus", "train")["text"]
+            run.reads(corpus)
         watched = HeldOut(
             schemas.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
             run.section("monitor"), sampling, run.seed, settings.iterations,

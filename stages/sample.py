@@ -20,7 +20,6 @@ def main(
     retention: Annotated[Path, typer.Option(help="Where log-probabilities of corpus and facts go.")],
     heldout: Annotated[Path | None, typer.Option(help="Samples taken while this policy trained, to be scored.")] = None,
     watched: Annotated[Path | None, typer.Option(help="Where what was measured of them goes.")] = None,
-    curve: Annotated[Path | None, typer.Option(help="Where gold, RM reward and KL over training go.")] = None,
 ) -> None:
     """Write `samples` with log-probabilities under the policy and pi_ref, RM reward and gold; and `retention`."""
     with tracking.stage(f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name) as run:
@@ -68,7 +67,6 @@ def main(
         kept = forgetting.retention(model, tokenizer, documents, questions)
         if heldout is not None:
             scored = monitor.scored(schemas.read_table(heldout, "heldout"), scorer, pad)
-            tracking.write_curve(monitor.curve(scored).to_dict("records"), curve)
             schemas.write_table(scored, "watched", watched)
         schemas.write_table(table, "samples", out)
         schemas.write_table(kept, "retention", retention)

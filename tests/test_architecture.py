@@ -24,7 +24,7 @@ WITHOUT_NUMBERS = {
 RANKS = {
     "errors": 0, "progress": 0, "losses": 0, "atomic": 0,
     "config": 1,
-    "schemas": 2, "text": 2, "launch": 2, "profiles": 2,
+    "schemas": 2, "answers": 0, "text": 2, "launch": 2, "profiles": 2,
     "models": 3, "gold": 3, "annotator": 3,
     "logprobs": 4, "sources": 4,
     "generation": 5, "labelling": 6, "evaluation": 6, "training": 7, "theory": 8,

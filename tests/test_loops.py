@@ -262,7 +262,7 @@ def test_training_moves_towards_the_chosen(tokenizer, examples):
 # ---- what is watched, what is forgotten, what is calibrated ----------------------------------------------------------
 
 
-def test_the_watch_measures_kl_and_the_curve_scores_what_ended(tokenizer):
+def test_the_watch_measures_kl_and_what_ended_is_scored(tokenizer):
     model, reference = small_model(tokenizer, seed=5, scale=2.0), small_model(tokenizer, seed=0, scale=2.0)
     sampling = Sampling(temperature=2.0, max_new_tokens=9)
     prompts = pd.DataFrame(
@@ -283,11 +283,13 @@ def test_the_watch_measures_kl_and_the_curve_scores_what_ended(tokenizer):
     kl = np.mean([sum(token_logp(model, t, 2.0)) - sum(token_logp(reference, t, 2.0)) for t in examples])
     assert logged[5]["heldout/kl"] == pytest.approx(kl, abs=1e-3) and kl > 0.1
     reward = scorer(tokenizer)
-    curve = monitor.curve(monitor.scored(table, reward, 3)).set_index("step")
+    judged = monitor.scored(table, reward, 3)
+    judged = judged[judged["step"] == 5]
     ended = [t for t in examples if t.response[-1] == tokenizer.eos_token_id]
     assert 0 < len(ended) < 12
-    assert curve.loc[5, "reward"] == pytest.approx(np.mean(scores(reward, ended, 3)), abs=1e-5)
-    assert curve.loc[5, "finished"] == pytest.approx(len(ended) / 12)
+    assert judged["reward"].dropna().tolist() == pytest.approx(list(scores(reward, ended, 3)), abs=1e-5)
+    assert judged["reward"].notna().tolist() == judged["finished"].tolist() and judged["finished"].sum() == len(ended)
+    assert logged[5]["heldout/finished"] == pytest.approx(len(ended) / 12)
 
 
 def test_retention_asks_for_greedy_answers(tokenizer):

@@ -92,6 +92,7 @@ def test_families_are_represented_by_what_validation_prompts_chose(found):
     chosen = json.loads(json.dumps(found))
     chosen["families"]["worse"] = "rl"
     chosen["runs"]["worse"] = {"worse-0": {}}
+    chosen["paths"]["worse"] = chosen["paths"]["ppo"]
     chosen["validation"]["worse-0"] = 99.0  # best on validation: whatever test prompts say of it, it stands for RL
     assert words.best_of_family(chosen, "rl") == "worse" and words.best_of_family(found, "rl") == "ppo"
 

@@ -77,7 +77,7 @@ class Run:
         return self.section("seed")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Metrics of a step: onto MLflow, and into the rows of the stage's curve (`heldout/` has a curve of its own)."""
+        """Metrics of a step: onto MLflow, and into the rows of the stage's curve (`heldout/` is kept as samples)."""
         training = {name: value for name, value in metrics.items() if not name.startswith("heldout/")}
         if training:
             self.rows.append({"step": step} | training)
@@ -96,6 +96,21 @@ class Run:
                 _client().log_batch(self.run_id, metrics=self._buffer[start : start + BATCH])
         self._buffer, self._flushed = [], time.monotonic()
 
+    def reads(self, *paths: Path) -> None:
+        """Inputs of the run, with the md5 that dvc.lock knows them by: a tag each, and tables as MLflow datasets.
+
+        `stage` is given those that are always read; this is for what only some settings open.
+        """
+        from mlflow.entities import RunTag
+
+        known = locked()
+        used = {str(path): known[str(path)] for path in paths if str(path) in known}
+        if self.run_id is not None and used:
+            _client().log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in used.items()])
+            tables = [_dataset(path, md5) for path, md5 in used.items() if path.endswith(".parquet")]
+            if tables:
+                _client().log_inputs(self.run_id, tables)
+
     def warn(self, name: str, message: str) -> None:
         """A named warning: in the log, and as the tag `warning.<name>` of the run."""
         if is_main():
@@ -108,7 +123,7 @@ class Run:
         self.cost |= cost
 
     def finish(self, metrics: dict[str, Any], path: Path, step: int = 0) -> None:
-        """The final metrics of the stage: a JSON file for DVC and git, and the same on MLflow (nested keys joined by /)."""
+        """The final metrics of the stage: a JSON file for DVC, and the same on MLflow (nested keys joined by /)."""
         if is_main():
             write_json(metrics, path)
             self._send(_flat(metrics), step)
@@ -214,8 +229,8 @@ def locked() -> dict[str, str]:
     return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
 
 
-def _tags(name: str, inputs: dict[str, str], tags: dict[str, str]) -> dict[str, str]:
-    """What one filters on in the UI: stage, method, commit, profile, the DVC experiment, and the md5 of every input."""
+def _tags(name: str, tags: dict[str, str]) -> dict[str, str]:
+    """What one filters on in the UI: stage, method, commit, profile, the DVC experiment."""
     from rlhf_vs_dpo import profiles
 
     tags = {"dvc.stage": name, "profile": profiles.current(), **tags}
@@ -224,7 +239,6 @@ def _tags(name: str, inputs: dict[str, str], tags: dict[str, str]) -> dict[str, 
     if commit := _git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
         tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", *WRITTEN_BY_HAND))).lower()
-    tags |= {f"dvc.dep.{path}": md5 for path, md5 in inputs.items()}
     return tags | {"processes": os.environ.get("WORLD_SIZE", "1")}
 
 
@@ -239,18 +253,22 @@ def _device_name() -> str:
 def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: str) -> Iterator[Run]:
     """The frame of every stage: parameters, one MLflow run, errors a user can act on.
 
-    `name` is used where DVC does not say who we are (a stage started by hand). `run_file` receives the run's id and
-    cost when the stage has succeeded. A UserError is printed without a traceback and ends the process with status 1;
-    the run is marked FAILED at any exception.
+    `name` is used where DVC does not say who we are (a stage started by hand); `inputs` are what it always reads.
+    `run_file` receives the run's id and cost when the stage has succeeded. A UserError is printed without a traceback
+    and ends the process with status 1; the run is marked FAILED at any exception.
     """
+    from mlflow.entities import Param
+
     started = time.monotonic()
     run_id = None
     try:
         params = stage_params(os.environ.get("DVC_STAGE"))
         if is_main():
-            run_id = _create(os.environ.get("DVC_STAGE", name), inputs, tags)
-            _describe(run_id, inputs, params)
+            run_id = _create(os.environ.get("DVC_STAGE", name), tags)
+            given = [Param(key, str(value)[:6000]) for key, value in _leaves(params).items()]
+            _client().log_batch(run_id, params=given)
         run = Run(params, run_id)
+        run.reads(*inputs)
         with _watching(run_id):
             yield run
         if is_main():
@@ -272,27 +290,9 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
         raise
 
 
-def _used(inputs: list[Path]) -> dict[str, str]:
-    """md5 of each input that dvc.lock knows."""
-    known = locked()
-    return {str(path): known[str(path)] for path in inputs if str(path) in known}
-
-
-def _create(name: str, inputs: list[Path], tags: dict[str, str]) -> str:
+def _create(name: str, tags: dict[str, str]) -> str:
     experiment = _experiment(EXPERIMENT if "policy" in tags and "family" in tags else STAGES)
-    tagged = _tags(name, _used(inputs), tags)
-    return _client().create_run(experiment, run_name=tags.get("policy", name), tags=tagged).info.run_id
-
-
-def _describe(run_id: str, inputs: list[Path], params: dict[str, Any]) -> None:
-    """Parameters, and the tables that were read."""
-    from mlflow.entities import Param
-
-    client = _client()
-    client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in _leaves(params).items()])
-    tables = [_dataset(path, md5) for path, md5 in _used(inputs).items() if path.endswith(".parquet")]
-    if tables:
-        client.log_inputs(run_id, tables)
+    return _client().create_run(experiment, run_name=tags.get("policy", name), tags=_tags(name, tags)).info.run_id
 
 
 def _dataset(path: str, md5: str):
@@ -430,14 +430,10 @@ def _share_view(judge: str) -> None:
         "filler",
         "corpus_perplexity",
     )
-    columns = ["tags.`family`", *(f"metrics.`evaluation/{name}`" for name in dict.fromkeys(metrics))]
-    columns += [
-        "metrics.`cost/total_flops`",
-        "metrics.`cost/seconds`",
-        "tags.`seed`",
-        "tags.`profile`",
-        "tags.`dvc.exp`",
-    ]
+    columns = [
+        "tags.`family`", *(f"metrics.`evaluation/{name}`" for name in dict.fromkeys(metrics)), "metrics.`cost/total_flops`",
+        "metrics.`cost/seconds`", "params.`method.beta`", "tags.`seed`", "tags.`profiles`", "tags.`dvc.exps`",
+    ]  # fmt: skip
     state = {
         "searchFilter": "", "orderByKey": f"metrics.`evaluation/{judge}`", "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from rlhf_vs_dpo.evaluation import length
 from rlhf_vs_dpo.evaluation.diversity import distinct, self_similarity
-from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, same, win_share
+from rlhf_vs_dpo.evaluation.statistics import NOTHING, Estimate, Resamples, same, win_share
 from rlhf_vs_dpo.gold import PARTS
 
 # What is measured, in the order of the tables; null where the source, or the policy, cannot tell.
@@ -177,8 +177,7 @@ def row(method: str, policies: list[Measured], resamples: Resamples) -> dict[str
 
 def intervals(estimates: dict[str, Estimate | None]) -> dict[str, Interval]:
     """Rows of estimates as what is written: mean, low and high of every metric, null where there is none."""
-    nothing = {"mean": None, "low": None, "high": None}
-    return {name: nothing if found is None else found.interval() for name, found in estimates.items()}
+    return {name: dict(NOTHING) if found is None else found.interval() for name, found in estimates.items()}
 
 
 def flat(entry: dict[str, Any]) -> dict[str, Any]:

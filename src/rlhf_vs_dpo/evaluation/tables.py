@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rlhf_vs_dpo import answers
 from rlhf_vs_dpo.evaluation.measure import flat
 from rlhf_vs_dpo.evaluation.whole import Inputs
 
@@ -51,7 +52,7 @@ def of_methods(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def comparison(found: dict[str, Any]) -> pd.DataFrame:
     """A row per method with every metric and its interval."""
     rows = [
-        {"policy": name, "family": found["families"][_method(name, found)]} | _judged(row, found) | flat(row)
+        {"policy": name, "family": found["families"][name]} | _judged(row, found) | flat(row)
         for name, row in found["methods"].items()
     ]
     return pd.DataFrame(rows)
@@ -65,10 +66,6 @@ def best_of_n(found: dict[str, Any]) -> pd.DataFrame:
 def _judged(row: dict[str, Any], found: dict[str, Any]) -> dict[str, float | None]:
     """What is drawn of a row: the judge's reward, whichever that is, as `value`."""
     return flat({"value": row[found["judge"]]})
-
-
-def _method(row: str, found: dict[str, Any]) -> str:
-    return row if row in found["families"] else row.partition(" [")[0]
 
 
 def paths(found: dict[str, Any]) -> pd.DataFrame:
@@ -110,7 +107,7 @@ def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
     """
     entries = []
     for row, runs in found["runs"].items():
-        method = _method(row, found)
+        method = found["method_of"][row]
         first = row == method
         for folder, values in runs.items():
             prefix = "evaluation" if first else f"evaluation {row.partition(' ')[2].strip('[]')}"
@@ -124,14 +121,13 @@ def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
                 means = inputs.watched[folder].groupby("step")["reward"].mean().dropna()
                 steps = [(int(step), {"heldout/reward": float(value)}) for step, value in means.items()]
             if first and folder in inputs.samples:
-                table = inputs.samples[folder]
-                table = table[(table["sample"] == 0) & (table["suffix"] == table["suffix"].iloc[0])].head(TEXTS)
+                table = answers.first(inputs.samples[folder]).head(TEXTS)
                 samples = table[["prompt_id", "response", "gold", "reward", "tokens", "finished"]]
             entries.append(
                 {
                     "folder": folder if folder != "pool" else row,
                     "method": method,
-                    "family": found["families"][method],
+                    "family": found["families"][row],
                     "settings": inputs.settings[method].model_dump() if method in inputs.settings else {},
                     "metrics": metrics,
                     "steps": steps,

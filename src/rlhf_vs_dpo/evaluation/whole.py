@@ -20,7 +20,6 @@ LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
 class Inputs:
     """What the stages before have left behind; tables are those of `schemas`, keys are folders under models/.
 
-    methods         method -> its folders, one for each seed (`config.folders`)
     settings        method -> its section of params.yaml; none for the SFT policy
     demonstrations  scored held-out demonstrations, with `gold`
     runs            content of runs/<stage or folder>.json: what each stage cost
@@ -49,6 +48,7 @@ class Row:
     """A row of the comparison: a method (or one way to prompt or sample it), and what was measured of each seed."""
 
     name: str
+    method: str
     tables: list[pd.DataFrame]
     measured: list[measure.Measured]
     folders: list[str]
@@ -63,7 +63,7 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
     rows = _rows(inputs, sft)
     estimates = {row.name: measure.row(row.name, row.measured, resamples) for row in rows}
     methods = {name: measure.intervals(row) for name, row in estimates.items()}
-    members = folders(inputs.policies, inputs.seeds)
+    members, of_family = folders(inputs.policies, inputs.seeds), families(inputs.policies)
     walked = {
         method: paths.of_training(method, [inputs.watched[folder] for folder in of], resamples)
         for method, of in members.items()
@@ -75,7 +75,8 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
         "judge": judge,
         "seeds": inputs.seeds,
         "prompts": int(sft["prompt_id"].nunique()),
-        "families": families(inputs.policies) | {row.name: "best_of_n" for row in rows if not row.trained},
+        "method_of": {row.name: row.method for row in rows},
+        "families": {row.name: of_family[row.method] if row.trained else "best_of_n" for row in rows},
         "methods": methods,
         "runs": {row.name: _runs(row) for row in rows},
         "spread": {row.name: _spread(row, estimates["sft"][judge], judge, settings) for row in rows},
@@ -123,13 +124,13 @@ def _rows(inputs: Inputs, sft: pd.DataFrame) -> list[Row]:
                     measure.policy(table, inputs.retention[f], sft, inputs.demonstrations, inputs.pair_rewards.get(f))
                     for f, table in zip(of, tables, strict=True)
                 ]
-                rows.append(Row(method if number == 0 else f"{method} {suffix}", tables, measured, of))
+                rows.append(Row(method if number == 0 else f"{method} {suffix}", method, tables, measured, of))
             progress.update(len(of))
     drawn = _drawn(inputs, "test", sft)
     for n in inputs.policies.best_of_n:
         table = as_samples(drawn, n)
         measured = measure.policy(table, None, sft, inputs.demonstrations)
-        rows.append(Row(f"best_of_{n}", [table], [measured], ["pool"], trained=False))
+        rows.append(Row(f"best_of_{n}", f"best_of_{n}", [table], [measured], ["pool"], trained=False))
     return rows
 
 
@@ -303,7 +304,7 @@ def _powers(pool: pd.DataFrame) -> list[int]:
 
 
 def _costs(inputs: Inputs, members: dict[str, list[str]], rows: list[Row], methods: dict) -> dict[str, Any]:
-    """What each method costs with what it needs, and what the stages cost that all share."""
+    """What each method costs, with what it needs before it starts."""
     pool = inputs.pool_metrics
     spent = sum(split["tokens"] + split["tokens_read"] for split in pool.values())
     shares = {"pool": (pool["train"]["tokens"] + pool["train"]["tokens_read"]) / spent}
@@ -323,10 +324,8 @@ def _costs(inputs: Inputs, members: dict[str, list[str]], rows: list[Row], metho
         }
     for row in rows:
         if not row.trained:
-            nothing = {
-                "device": inputs.runs["pool"]["device"],
-                "models_held": 2,
-            }  # policy and reward model, at each answer
+            # Nothing is trained; policy and reward model are held at each answer.
+            nothing = {"device": inputs.runs["pool"]["device"], "models_held": 2}
             needed = cost.needs("best_of_n", "")
             entry = cost.of_method([nothing], {s: inputs.runs[s] for s in needed}, shares)
             found[row.name] = entry | {"hyperparameters": 1, "hyperparameters_upstream": judge_keys}

@@ -179,7 +179,7 @@ def main_table(found: dict[str, Any], traced: set[str]) -> Table:
     }
     rows = []
     for row in _ranked(found):
-        method = row.partition(" [")[0]
+        method = found["method_of"][row]
         link = f"#{anchor(method)}" if method in traced else None
         rows.append(
             [Cell(row, link=link), *(cell(found["methods"][row][m], digits) for m, (_, digits) in shown.items())]

@@ -40,8 +40,7 @@ class Style:
     """Colour, marker and line of every row."""
 
     def __init__(self, found: dict[str, Any]):
-        self.found = found
-        self.families = {row: found["families"][_method(row, found)] for row in found["methods"]}
+        self.families = found["families"]
         count: dict[str, int] = {}
         self.number = {}
         for row, family in self.families.items():
@@ -61,10 +60,6 @@ class Style:
         return [row for row, its in self.families.items() if its == family]
 
 
-def _method(row: str, found: dict[str, Any]) -> str:
-    return row if row in found["families"] else row.partition(" [")[0]
-
-
 def draw(found: dict[str, Any], learning: pd.DataFrame) -> list[Figure]:
     """All figures that the results can fill."""
     import matplotlib
@@ -75,7 +70,7 @@ def draw(found: dict[str, Any], learning: pd.DataFrame) -> list[Figure]:
     plt.rcParams.update(
         {
             "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-            "svg.hashsalt": "rlhf-vs-dpo", "figure.max_open_warning": 0, "font.size": 9, "legend.fontsize": 7.5,
+            "svg.hashsalt": "rlhf-vs-dpo", "svg.fonttype": "none", "figure.max_open_warning": 0, "font.size": 9, "legend.fontsize": 7.5,
         }
     )  # fmt: skip
     style = Style(found)

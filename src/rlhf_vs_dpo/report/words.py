@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_vs_dpo.report.figures import FAMILY_NAMES, NAMES
+from rlhf_vs_dpo.report.figures import NAMES
 
 ALPHA = 0.05
 
@@ -39,7 +39,7 @@ def best_of_family(found: dict[str, Any], family: str) -> str | None:
     """The method of a family that is best on validation prompts; test prompts choose nothing."""
     scored = {}
     for method, its in found["families"].items():
-        if its == family and method in found["runs"]:
+        if its == family and method in found["paths"]:
             values = [found["validation"].get(folder) for folder in found["runs"][method]]
             if values and None not in values:  # a method of which one run says nothing that ends is not the best
                 scored[method] = float(np.mean(values))
@@ -137,7 +137,3 @@ def p_value(p: float | None, sign: str = "") -> str:
 
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
-
-
-def family(name: str) -> str:
-    return FAMILY_NAMES[name]

@@ -79,17 +79,13 @@ class HeldOut:
 
     def _last(self) -> dict[str, float]:
         table = self.tables[-1]
-        return _means(table.assign(tokens=table["response_ids"].map(len)))
-
-
-def _means(table: pd.DataFrame) -> dict[str, float]:
-    return {
-        "gold": float(table["gold"].mean()),
-        "kl": float((table["logp"] - table["reference_logp"]).mean()),
-        "tokens": float(table["tokens"].mean()),
-        "finished": float(table["finished"].mean()),
-        "filler": float(table["filler"].mean()),
-    }
+        return {
+            "gold": float(table["gold"].mean()),
+            "kl": float((table["logp"] - table["reference_logp"]).mean()),
+            "tokens": float(table["response_ids"].map(len).mean()),
+            "finished": float(table["finished"].mean()),
+            "filler": float(table["filler"].mean()),
+        }
 
 
 def scored(heldout: pd.DataFrame, reward: Scorer, pad: int) -> pd.DataFrame:
@@ -98,12 +94,4 @@ def scored(heldout: pd.DataFrame, reward: Scorer, pad: int) -> pd.DataFrame:
     return heldout[["step", "prompt_id", "finished", "logp", "reference_logp", "gold", "filler"]].assign(
         tokens=heldout["response_ids"].map(len),
         reward=pd.Series(scores(reward, examples, pad), index=heldout.index).where(heldout["finished"]),
-    )
-
-
-def curve(watched: pd.DataFrame) -> pd.DataFrame:
-    """Means per point of a `watched` table, one row per step."""
-    return pd.DataFrame(
-        {"step": step, "reward": float(table["reward"].mean()), **_means(table)}
-        for step, table in watched.groupby("step")
     )
