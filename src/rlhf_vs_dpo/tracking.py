@@ -457,7 +457,7 @@ def _run_of(entry: dict[str, Any]) -> str:
     if found:
         return found[0].info.run_id
     tags = {"policy": folder, "method": folder, "family": "best_of_n", "pool.run": pool}
-    created = client.create_run(experiment, run_name=folder, tags=_tags("evaluate", {}, tags)).info.run_id
+    created = client.create_run(experiment, run_name=folder, tags=_tags("evaluate", tags)).info.run_id
     client.set_terminated(created, "FINISHED")
     return created
 
