@@ -135,6 +135,7 @@ def test_equal_kl_is_linear_in_the_root_of_kl_and_rises_through_it():
 
     path = paths.of_training("m", [table([0.0, 4.0], [0.0, 1.0])], Resamples(50, 0))
     assert comparisons.at_kl(path, "gold", 1.0).value == pytest.approx(0.5)  # halfway in sqrt(KL), a quarter in KL
+    assert comparisons.seen_around(path, 1.0) == pytest.approx((0.0, 4.0))
     falling = paths.of_training("m", [table([9.0, 1.0, 0.1], [0.0, 1.0, 2.0])], Resamples(50, 0))
     assert comparisons.at_kl(falling, "gold", 0.5) is None  # it comes from afar: there it has never been at that price
 

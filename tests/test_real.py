@@ -139,7 +139,7 @@ def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):
     entry = {
         "kind": "language_model", "endpoint": f"http://127.0.0.1:{port}/v1", "model": str(tmp_path / "judge"), "workers": 1,
         "question": "Text: {prompt}\nSummary A: {first}\nSummary B: {second}\nWhich summary is better? Answer with the letter A or B.",
-        "timeout": 300.0, "max_tokens": 8,
+        "timeout": 300.0, "max_tokens": 8, "key_variable": None, "retries": 2,
     }  # fmt: skip
     asked = pd.DataFrame(
         {

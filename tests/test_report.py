@@ -64,13 +64,14 @@ def blocks(found):
 def test_the_verdict_follows_the_numbers(found):
     first, second, third = words.verdict(found)
     assert "ppo has the highest gold reward" in first and words.number(found["methods"]["ppo"]["gold"]) in first
-    assert "ppo (RL) and dpo (DPO family), ppo is ahead" in second
     gap = words.pair(found, "ppo", "dpo")
+    assert f"ppo (RL) and dpo (DPO family), ppo is ahead by {words.number(gap)}" in second and gap["mean"] > 0
     assert f"p {words.p_value(gap['p'], '=')} alone and {words.p_value(gap['p_holm'], '=')} after correction" in second
     assert "3 seeds, 0 of 12 runs collapsed" in third and "holds 1 model at once against 1" in third
     # Turn the numbers round, and the sentences turn with them.
     turned = json.loads(json.dumps(found).replace('"ppo', '"@').replace('"dpo', '"ppo').replace('"@', '"dpo'))
     assert "dpo has the highest gold reward" in words.verdict(turned)[0]
+    assert f"dpo is ahead by {words.number(gap)}" in words.verdict(turned)[1]
 
 
 def test_the_verdict_claims_no_more_than_the_statistics(found):
@@ -86,6 +87,14 @@ def test_the_verdict_claims_no_more_than_the_statistics(found):
     one = synthetic.found(seeds=(0,))
     assert "one seed per method was run" in words.verdict(one)[2].lower() and "one seed" in words.limits(one)[0]
     assert "3 seeds together" in words.limits(found)[0]
+
+
+def test_a_number_read_between_points_far_apart_is_marked(found):
+    wide = json.loads(json.dumps(found))
+    wide["equal_kl"]["ppo"]["0.5"]["between"] = [0.2, 1.1]
+    wide["equal_kl"]["dpo"]["0.5"]["between"] = [0.4, 0.8]
+    rows = {row[0].text: row[1].text for row in content.fair(wide)[0].rows}
+    assert rows["ppo"].endswith("†") and "†" not in rows["dpo"]
 
 
 def test_families_are_represented_by_what_validation_prompts_chose(found):

@@ -68,6 +68,8 @@ def test_paths_and_what_is_read_off_them(found):
     # gold = 1 + gain sqrt(KL / 2) of ppo: at KL 0.5 half the gain
     assert found["equal_kl"]["ppo"]["0.5"]["mean"] == pytest.approx(1.5, abs=0.12)
     assert found["equal_kl"]["chosen_sft"]["2"] is None
+    low, high = found["equal_kl"]["ppo"]["0.5"]["between"]
+    assert low < 0.5 <= high
     compute = found["equal_compute"]
     assert compute["flops"]["1"] == pytest.approx(max(c["total"]["flops"] for c in found["cost"].values()))
     assert compute["methods"]["ppo"]["1"]["mean"] == pytest.approx(points[-1]["gold"]["mean"])

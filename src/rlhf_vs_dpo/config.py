@@ -646,7 +646,8 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
     for method in policies.preference:
         if section(params, "preference", method).rounds > 1 and own_pairs:
             faults.append(
-                f"{place}: `preference.{method}.rounds` above 1 needs `preferences.source: annotator`, to choose between new samples"
+                f"{place}: `preference.{method}.rounds` above 1 needs `preferences.source: annotator`, to choose between new samples; "
+                f"without one, take `{method}` off `policies.preference`"
             )
     if section(params, "report").examples > section(params, "sample").prompts:
         faults.append(f"{place}: `report.examples` is more than `sample.prompts`")

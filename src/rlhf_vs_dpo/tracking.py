@@ -65,6 +65,7 @@ class Run:
         self.params, self.run_id = params, run_id
         self.rows: list[dict[str, float]] = []
         self.cost: dict[str, float] = {}
+        self._logged = {"step"}  # names of metrics, and that of the column of curves
         self._buffer: list[Any] = []
         self._flushed = time.monotonic()
 
@@ -81,6 +82,7 @@ class Run:
         training = {name: value for name, value in metrics.items() if not name.startswith("heldout/")}
         if training:
             self.rows.append({"step": step} | training)
+        self._logged |= metrics.keys()
         self._send(metrics, step)
 
     def _send(self, metrics: dict[str, float], step: int) -> None:
@@ -123,10 +125,10 @@ class Run:
         self.cost |= cost
 
     def finish(self, metrics: dict[str, Any], path: Path, step: int = 0) -> None:
-        """The final metrics of the stage: a JSON file for DVC, and the same on MLflow (nested keys joined by /)."""
+        """The final metrics of the stage: a JSON file for DVC; on MLflow those that no step has logged (nested keys joined by /)."""
         if is_main():
             write_json(metrics, path)
-            self._send(_flat(metrics), step)
+            self._send({name: value for name, value in _flat(metrics).items() if name not in self._logged}, step)
 
     def curve(self, path: Path) -> None:
         """The rows logged so far as CSV, six digits, one column per metric."""
@@ -169,7 +171,7 @@ def _rounded(value: Any) -> Any:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in values.items():
-        name = prefix + re.sub(r"[^\w\-. ]", "_", str(key))  # what MLflow takes; a slash is a level
+        name = prefix + re.sub(r"[^\w\-./ ]", "_", str(key))  # what MLflow takes; a slash is a level
         if isinstance(value, dict):
             flat |= _flat(value, f"{name}/")
         elif isinstance(value, (int, float)):
@@ -401,7 +403,14 @@ def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
     from rlhf_vs_dpo import profiles
 
     client, run_id = _client(), run.info.run_id
+    # MLflow appends: what a run has already is not said again when evaluation runs again.
+    told = {
+        (m.key, m.step, m.value)
+        for key in {key for _, row in entry["steps"] for key in row}
+        for m in client.get_metric_history(run_id, key)
+    } | {(key, 0, value) for key, value in run.data.metrics.items()}
     batch = [m for step, row in [(0, entry["metrics"]), *entry["steps"]] for m in _metrics(row, step)]
+    batch = [m for m in batch if (m.key, m.step, m.value) not in told]
     for start in range(0, len(batch), BATCH):
         client.log_batch(run_id, metrics=batch[start : start + BATCH])
     settings = {f"method.{key}": str(value) for key, value in _leaves(entry["settings"]).items()}
@@ -458,6 +467,7 @@ def _run_of(entry: dict[str, Any]) -> str:
         return found[0].info.run_id
     tags = {"policy": folder, "method": folder, "family": "best_of_n", "pool.run": pool}
     created = client.create_run(experiment, run_name=folder, tags=_tags("evaluate", tags)).info.run_id
+    Run({}, created).reads(Path("data/pool.parquet"))
     client.set_terminated(created, "FINISHED")
     return created
 

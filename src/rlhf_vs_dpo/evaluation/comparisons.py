@@ -25,6 +25,14 @@ def at_kl(path: Path, metric: str, kl: float) -> Estimate | None:
     return path.estimate(float(value), _between(path.draws(metric), places), metric, float(where[0]))
 
 
+def seen_around(path: Path, kl: float) -> tuple[float, float]:
+    """KLs of the two watched points between which `at_kl` reads; the further apart, the less was seen of what it says."""
+    values = path.values("kl")
+    place = float(_crossing(np.sqrt(np.maximum(values, 0.0))[None], kl**0.5)[0])
+    low = min(int(place), len(values) - 2)
+    return float(values[low]), float(values[low + 1])
+
+
 def _crossing(x: np.ndarray, level: float) -> np.ndarray:
     """Where along each row x first rises to `level`, as a fraction of points; NaN where it does not."""
     risen = (x >= level) & np.pad(x[:, :-1] < level, ((0, 0), (1, 0)))

@@ -85,7 +85,7 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
         "best_of_n_path": _points(best),
         "overoptimisation": _laws(walked, best),
         "equal_kl": {
-            method: {f"{kl:g}": _interval(comparisons.at_kl(path, judge, kl)) for kl in settings.equal_kl}
+            method: {f"{kl:g}": _at_kl(path, judge, kl) for kl in settings.equal_kl}
             for method, path in ({**walked, "best of n": best}).items()
         },
         "equal_compute": _equal_compute(walked, costs, judge, settings),
@@ -109,6 +109,11 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
 
 def _interval(estimate: Estimate | None) -> dict[str, float | None] | None:
     return None if estimate is None else estimate.interval()
+
+
+def _at_kl(path: paths.Path, judge: str, kl: float) -> dict[str, Any] | None:
+    read = comparisons.at_kl(path, judge, kl)
+    return None if read is None else read.interval() | {"between": comparisons.seen_around(path, kl)}
 
 
 def _rows(inputs: Inputs, sft: pd.DataFrame) -> list[Row]:

@@ -1,6 +1,6 @@
 """What the report says, in the order in which a reader wants it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -97,7 +97,9 @@ def blocks(source: Source) -> list[Block]:
         Heading("Three fair comparisons", "fair"),
         Text(
             "Each is fair in one respect, and all are read off the paths of training on validation prompts: at equal KL "
-            "(interpolated; a dash where a method never goes so far), at equal compute (FLOPs with all that a method needs before "
+            "(interpolated between watched points, linear in √KL; a dash where a method never goes so far; † where those two "
+            "points lie further apart than the KL asked for, so that the number is a guess at what happened between them, which "
+            "its interval does not cover), at equal compute (FLOPs with all that a method needs before "
             "it starts; a dash where that alone is more than the budget), and each at its own best watched point, chosen on one "
             "half of the prompts and measured on the other. Best of n has no training: its n is chosen on validation prompts, and "
             "what it is worth is measured on test prompts, so that its last columns are of other prompts. Test prompts chose nothing."
@@ -110,7 +112,12 @@ def blocks(source: Source) -> list[Block]:
             "(Kaplan et al. 2020); a token counts once for each network and pass that learns from it. Monitoring and evaluation "
             "are left out of tokens and FLOPs; seconds are wall time of whole stages, on "
             + ", ".join(sorted({run["device"] for run in source.shared.values()}))
-            + "."
+            + "; peak memory is that of the process (of the GPU, where there is one): with small models mostly that of the "
+            "libraries. Labels are counted nowhere."
+            + "".join(
+                f" {method} asks the annotator while it trains: pairs of its later rounds are new ones."
+                for method in _online(source)
+            )
         ),
         costs(found),
         shared_costs(source.shared),
@@ -148,6 +155,15 @@ def blocks(source: Source) -> list[Block]:
             "weights in dvc.lock, `dvc checkout` brings them back. All numbers are in evaluation/results.json."
         ),
         *traces(source.traces),
+    ]
+
+
+def _online(source: Source) -> list[str]:
+    """Methods of the DPO family that train in several rounds."""
+    return [
+        method
+        for method, policies in source.traces.items()
+        if source.found["families"].get(method) == "preference" and policies[0].settings.get("rounds", 1) > 1
     ]
 
 
@@ -290,7 +306,7 @@ def fair(found: dict[str, Any]) -> list[Block]:
         )
         rows.append(
             [
-                Cell(method), *(cell(found["equal_kl"][method][kl], 2) for kl in kls),
+                Cell(method), *(_at_kl(found["equal_kl"][method][kl], float(kl)) for kl in kls),
                 *(cell(compute.get(share), 2) for share in budgets),
                 cell(best["value"] if best else None, 2), cell(best["gained"] if best else None, 2), Cell(where),
             ]
@@ -303,6 +319,13 @@ def fair(found: dict[str, Any]) -> list[Block]:
             "fair",
         )
     ]
+
+
+def _at_kl(entry: dict[str, Any] | None, kl: float) -> Cell:
+    shown = cell(entry, 2)
+    if entry is None or entry["mean"] is None or entry["between"][1] - entry["between"][0] <= kl:
+        return shown
+    return replace(shown, text=f"{shown.text} †")
 
 
 def costs(found: dict[str, Any]) -> Table:
@@ -382,8 +405,8 @@ def bent(found: dict[str, Any]) -> list[Block]:
     before = (
         [
             Text(
-                f"In the preference data {', and '.join(said)}: that is the annotator's taste. What a policy has beyond the chosen "
-                "responses, it has amplified."
+                f"In the preference data {', and '.join(said)}: that is the annotator's taste, and what a policy has beyond the chosen "
+                "responses it has amplified (of length, a part is what coverage needs)."
             )
         ]
         if said

@@ -447,7 +447,7 @@ def training(plt, learning: pd.DataFrame, style: Style) -> Figure | None:
             axis.legend()
     return Figure(
         "training",
-        "Training curves, means over seeds: the DPO family above (and the log-probabilities of chosen and rejected responses), "
+        "Training curves (means, where there are several seeds): the DPO family above (and the log-probabilities of chosen and rejected responses), "
         "the RL family below",
         "Six panels of training curves: accuracy and margin of implicit rewards, log-probabilities of chosen and rejected "
         "responses, RM score, entropy and policy change per iteration.",

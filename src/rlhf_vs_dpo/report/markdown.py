@@ -31,7 +31,7 @@ def _piece(piece: Piece) -> str:
     text = foreign(piece.text)
     if not piece.parts:
         return f" {text} " if piece.text.strip() in (",", ".") else text
-    return f"**{text}** (" + ", ".join(f"{part} {worth:+.2g}" for part, worth in piece.parts.items()) + ")"
+    return f"**{text}** (" + ", ".join(f"{part} {worth:+.2f}" for part, worth in piece.parts.items()) + ")"
 
 
 def _slug(heading: str) -> str:

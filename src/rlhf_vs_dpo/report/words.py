@@ -70,11 +70,15 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if rl and preference:
         gap = pair(found, rl, preference)
         clear = gap["p_holm"] is not None and gap["p_holm"] < ALPHA
-        ahead = rl if (gap["mean"] or 0) > 0 else preference
+        ahead, behind = (rl, preference) if (gap["mean"] or 0) > 0 else (preference, rl)
         second = (
             f"Of the methods that are best of their family on validation prompts, {rl} (RL) and {preference} (DPO family), "
-            + (f"{ahead} is ahead: " if clear else "neither is clearly ahead: ")
-            + f"the difference is {number(gap)} in {NAMES[judge]}, p {p_value(gap['p'], sign='=')} alone and {p_value(gap['p_holm'], sign='=')} after correction, and {rl} wins "
+            + (
+                f"{ahead} is ahead by {number(pair(found, ahead, behind))}"
+                if clear
+                else f"neither is clearly ahead: the difference, {rl} minus {preference}, is {number(gap)}"
+            )
+            + f" in {NAMES[judge]}, p {p_value(gap['p'], sign='=')} alone and {p_value(gap['p_holm'], sign='=')} after correction, and {rl} wins "
             f"{gap['wins']:.0%} of direct comparisons."
         )
         a, b = found["cost"][rl], found["cost"][preference]
