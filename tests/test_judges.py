@@ -19,8 +19,8 @@ ASKED = pd.DataFrame(
 class Server:
     """Answers as `answer(question)` says; counts what it was asked, and fails as often as it is told to."""
 
-    def __init__(self, answer, failures=0):
-        self.asked, self.failures = [], failures
+    def __init__(self, answer, failures=0, body=None):
+        self.asked, self.failures, self.body = [], failures, body
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,7 +42,7 @@ class Server:
                     "model": body["model"],
                     "choices": [choice],
                 }
-                content = json.dumps(whole).encode()
+                content = json.dumps(whole if outer.body is None else outer.body).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
@@ -148,6 +148,43 @@ def test_what_answers_mean():
     assert judges.read_choice("") is None and judges.read_choice("Both, A and B") is None
     assert judges.read_choice("A good summary is short") is None and judges.read_choice("I choose B over a") == "second"
     assert judges.read_choice("ABBA") is None and judges.read_choice("A! Clearly A.") == "first"
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("Option A wins", "first"), ("I prefer A.", "first"), ("Summary A covers the post better.", "first"),
+        ("I prefer A over B.", None), ("Summary A covers more than Summary B.", None), ("Neither A nor B", None),
+        ("A beats the other", None), ("A, because it is short", "first"),
+    ],
+)  # fmt: skip
+def test_both_letters_are_read_alike(answer, choice):
+    turned = answer.translate(str.maketrans("AB", "BA"))
+    assert judges.read_choice(answer) == choice
+    assert judges.read_choice(turned) == {"first": "second", None: None}[choice]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"error": {"message": "overloaded"}}, {"choices": []}, {"choices": [{"index": 0}]}, [], None,
+     {"choices": [{"index": 0, "message": {"role": "assistant", "content": 7}}]}],
+)  # fmt: skip
+def test_what_is_no_answer_is_an_error_and_not_kept(body, tmp_path):
+    cache = tmp_path / "c.jsonl"
+    refused = pytest.raises(JudgeError, match="not as an OpenAI-compatible endpoint")
+    with Server(likes_good, body=body if body is not None else "nothing") as server, refused:
+        judges.load(settings(server.endpoint), tmp_path, cache).compare(ASKED)
+    assert not cache.exists()
+
+
+def test_what_was_answered_before_a_failure_is_kept(tmp_path):
+    def one_fails(question):
+        return 7 if "Summary A: bad" in question else "A"
+
+    cache = tmp_path / "c.jsonl"
+    with Server(one_fails) as server, pytest.raises(JudgeError):
+        judges.load(settings(server.endpoint, workers=2), tmp_path, cache).compare(ASKED.head(1))
+    assert [json.loads(line)["answer"] for line in cache.read_text().splitlines()] == ["A"]
 
 
 def test_a_question_that_shows_nothing_is_refused():

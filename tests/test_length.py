@@ -85,6 +85,16 @@ def test_what_cannot_be_regressed():
     assert length.fit(split, np.arange(8.0) - 3.5, one, np.arange(8), 8) is None  # length says it all
 
 
+def test_nothing_is_said_of_lengths_that_were_not_seen():
+    """Nearly every response is longer: a curve drawn back to equal length would be a guess."""
+    wins, gap, weights, prompt = simulate(np.random.default_rng(4), 300, 0.0, 1.0, 0.0)
+    assert length.fit(wins, gap, weights, prompt, 300) is not None
+    shifted = gap - np.quantile(gap, 0.02)
+    assert (shifted < 0).mean() < 0.05
+    assert length.fit(wins, shifted, weights, prompt, 300) is None
+    assert length.fit(wins, -shifted, weights, prompt, 300) is None
+
+
 def test_comparisons_by_hand():
     wins, gap, weights = length.compare(
         (np.array([1.0, np.nan]), np.array([5.0, 9.0]), np.array([0.25, 0.75])),

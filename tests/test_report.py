@@ -89,6 +89,15 @@ def test_the_verdict_claims_no_more_than_the_statistics(found):
     assert "3 seeds together" in words.limits(found)[0]
 
 
+def test_a_method_of_which_a_run_is_dumb_leads_nothing(found):
+    dumb = json.loads(json.dumps(found))
+    folder = next(iter(dumb["runs"]["ppo"]))
+    del dumb["runs"]["ppo"][folder][dumb["judge"]]
+    dumb["validation"][folder] = None
+    first, second, _ = words.verdict(dumb)
+    assert "ppo has the highest" not in first and "Of the RL family no method could be chosen" in second
+
+
 def test_a_number_read_between_points_far_apart_is_marked(found):
     wide = json.loads(json.dumps(found))
     wide["equal_kl"]["ppo"]["0.5"]["between"] = [0.2, 1.1]

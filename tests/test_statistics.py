@@ -7,9 +7,17 @@ from scipy import stats
 
 from rlhf_vs_dpo.evaluation import measure
 from rlhf_vs_dpo.evaluation.measure import METRICS
-from rlhf_vs_dpo.evaluation.statistics import Resamples, difference, holm, win_share
+from rlhf_vs_dpo.evaluation.statistics import NOTHING, Resamples, difference, holm, win_share
 
 EXPERIMENTS = 2000  # a coverage of 95 % is then known to less than half a percentage point
+
+
+def test_one_prompt_says_nothing_of_another():
+    resamples = Resamples(100, 0)
+    one, other = (
+        resamples.ratio(name, "prompt", np.array([[x]]), np.ones((1, 1))) for name, x in (("a", 2.0), ("b", 1.9))
+    )
+    assert one.interval() == NOTHING and difference(one, other) == NOTHING | {"p": None}
 
 
 def test_win_share_counts_ties_half_and_responses_that_never_ended_as_lost():

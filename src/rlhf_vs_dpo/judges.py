@@ -188,6 +188,8 @@ class ByLanguageModel:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
+                if not isinstance(entry["answer"], str):
+                    raise TypeError
                 self.known[entry["key"]] = entry["answer"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise DataError(f"{self.cache}: line {number} is not an answer; remove the line") from None
@@ -234,6 +236,9 @@ class ByLanguageModel:
                     progress.update()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                for future, key in futures.items():
+                    if key not in self.known and not future.cancelled() and future.exception() is None:
+                        self._keep(key, future.result())
                 raise
         return [self.known[key] for key in keys]
 
@@ -252,12 +257,20 @@ class ByLanguageModel:
                 temperature=0.0,
                 max_tokens=self.settings.max_tokens,
             )
+            said = answer.choices[0].message.content or ""
+            if not isinstance(said, str):
+                raise TypeError(f"an answer of type {type(said).__name__}")
+            return said
         except openai.OpenAIError as error:
             raise JudgeError(
                 f"{self.settings.endpoint}: {type(error).__name__}: {error} (after {self.settings.retries} retries); is the "
                 "server up, and does it serve this model? What was answered so far is kept: run again to go on"
             ) from None
-        return (answer.choices[0].message.content or "") if answer.choices else ""
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise JudgeError(
+                f"{self.settings.endpoint}: answered, but not as an OpenAI-compatible endpoint does ({error}); does the address end "
+                "where its API begins (mostly in /v1)? What was answered so far is kept: run again to go on"
+            ) from None
 
     def _keep(self, key: str, answer: str) -> None:
         with self.lock:
@@ -267,11 +280,19 @@ class ByLanguageModel:
                 file.write(json.dumps({"key": key, "answer": answer}) + "\n")
 
 
+BEFORE = r"(?i:summary|option|response|answer|choice|choose|prefer|pick|is|with|for)\W+"
+AFTER = r"is\b|and\b|or\b|because\b|has\b|wins\b"
+
+
 def read_choice(answer: str) -> str | None:
     """Which response an answer names: the letter A or B that stands alone in it; None where there is none, or both.
 
-    `A` before a word in small letters is an article ("A good summary ...") and names nothing, unless the word is a verb or
-    joins it ("A is better").
+    A letter before a word in small letters may be an article ("A good summary ...") and names nothing by itself, unless what
+    stands before it, or the verb behind it, says that it is a name. Both letters are read alike, for B would win otherwise.
     """
-    found = set(re.findall(r"(?<![A-Za-z])(?:A(?! +(?!is\b|and\b|or\b|because\b|has\b)[a-z])|B)(?![A-Za-z'])", answer))
-    return {"A": "first", "B": "second"}[found.pop()] if len(found) == 1 else None
+    letters = {found.group() for found in re.finditer(r"(?<![A-Za-z])[AB](?![A-Za-z'])", answer)}
+    if len(letters) != 1:
+        return None
+    letter = letters.pop()
+    named = rf"(?<![A-Za-z])(?:{BEFORE})?{letter}(?![A-Za-z'])(?! +(?!{AFTER})[a-z])|(?<![A-Za-z]){BEFORE}{letter}(?![A-Za-z'])"
+    return {"A": "first", "B": "second"}[letter] if re.search(named, answer) else None

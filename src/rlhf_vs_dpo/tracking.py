@@ -389,9 +389,13 @@ def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None
                 say(f"{entry['folder']}: nothing was added to its MLflow run: {str(error).splitlines()[0]}")
     _share_view(judge)
     judged = {entry["folder"]: entry["validation"] for entry in entries if entry["validation"] is not None}
-    judged = {folder: value for folder, value in judged.items() if folder in versions and math.isfinite(value)}
-    if judged and "DVC_EXP_NAME" not in os.environ:  # an experiment is a question, not yet an answer
-        best = max(judged, key=judged.__getitem__)
+    judged = {folder: value for folder, value in judged.items() if math.isfinite(value)}
+    best = max(judged, key=judged.__getitem__, default=None)
+    if best is not None and best not in versions:
+        say(
+            f"best on validation prompts: {best} ({judged[best]:.2f}), whose run is not here; {REGISTERED}@best stays what it was"
+        )
+    elif best is not None and "DVC_EXP_NAME" not in os.environ:  # an experiment is a question, not yet an answer
         client.set_registered_model_alias(REGISTERED, "best", versions[best])
         say(f"best on validation prompts: {best} ({judged[best]:.2f}); MLflow model {REGISTERED}@best")
 
@@ -404,13 +408,12 @@ def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
 
     client, run_id = _client(), run.info.run_id
     # MLflow appends: what a run has already is not said again when evaluation runs again.
-    told = {
-        (m.key, m.step, m.value)
-        for key in {key for _, row in entry["steps"] for key in row}
-        for m in client.get_metric_history(run_id, key)
-    } | {(key, 0, value) for key, value in run.data.metrics.items()}
+    told = {(key, 0): value for key, value in run.data.metrics.items()}
+    for key in {key for _, row in entry["steps"] for key in row}:
+        for point in sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp):
+            told[key, point.step] = point.value  # the last word of each step
     batch = [m for step, row in [(0, entry["metrics"]), *entry["steps"]] for m in _metrics(row, step)]
-    batch = [m for m in batch if (m.key, m.step, m.value) not in told]
+    batch = [m for m in batch if told.get((m.key, m.step)) != m.value]
     for start in range(0, len(batch), BATCH):
         client.log_batch(run_id, metrics=batch[start : start + BATCH])
     settings = {f"method.{key}": str(value) for key, value in _leaves(entry["settings"]).items()}

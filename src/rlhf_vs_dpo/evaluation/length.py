@@ -19,7 +19,7 @@ import statsmodels.api as sm
 from statsmodels.tools.sm_exceptions import PerfectSeparationError, PerfectSeparationWarning
 
 LARGEST = 15.0  # log-odds of a comparison beyond which a fit has run off to infinity
-WORST_CONDITION = 1e3  # of the regressors: beyond, no comparison is at a length that tells quality from length
+SUPPORT = 0.05  # share of comparisons that must be on either side of equal length: else what is said of it is a guess
 
 
 class Fit(NamedTuple):
@@ -55,7 +55,8 @@ def compare(
 
 
 def fit(wins: np.ndarray, longer: np.ndarray, weights: np.ndarray, prompt: np.ndarray, units: int) -> Fit | None:
-    """Fit the regression to comparisons; `prompt` numbers the prompt of each. None where there is no finite optimum.
+    """Fit the regression to comparisons; `prompt` numbers the prompt of each. None where there is no finite optimum, or where
+    nearly all responses are longer, or nearly all shorter, so that nothing was seen at equal length.
 
     wins in [0, 1], longer in tokens, all (comparisons,). Where every comparison went the same way there is nothing to
     regress: the win rate is 0, 1/2 or 1, whatever the length.
@@ -65,15 +66,13 @@ def fit(wins: np.ndarray, longer: np.ndarray, weights: np.ndarray, prompt: np.nd
     if wins.min() == wins.max():
         theta = {0.0: -np.inf, 0.5: 0.0, 1.0: np.inf}[float(wins[0])]
         return Fit(theta, np.zeros(units))
+    nowhere_longer, nowhere_shorter = weights[longer <= 0].sum(), weights[longer >= 0].sum()
+    if min(nowhere_longer, nowhere_shorter) < SUPPORT * weights.sum():
+        return None  # what length does and what quality does cannot be told apart
     spread = float(np.sqrt(np.cov(longer, aweights=weights))) if len(longer) > 1 else 0.0
+    x = np.ones((len(wins), 1))
     if spread > 0:
-        x = np.stack([np.ones_like(wins), np.tanh(longer / spread)], axis=1)
-    elif not longer.any():
-        x = np.ones((len(wins), 1))
-    else:
-        return None  # always longer by as much: what length does and what quality does cannot be told apart
-    if np.linalg.cond(x) > WORST_CONDITION:
-        return None  # nearly so
+        x = np.stack([x[:, 0], np.tanh(longer / spread)], axis=1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PerfectSeparationWarning)

@@ -44,7 +44,9 @@ class Path:
         points = self.points[metric]
         between = float(np.interp(place, np.arange(len(points)), [point.seed_variance for point in points]))
         variance = float(np.nanvar(draws, ddof=1)) if np.isfinite(draws).sum() > 1 else 0.0
-        return Estimate(value, draws, min(between, variance), points[-1].seeds, points[-1].units)
+        around = points[int(np.floor(place))], points[int(np.ceil(place))]
+        seeds, units = min(point.seeds for point in around), min(point.units for point in around)
+        return Estimate(value, draws, min(between, variance), seeds, units)
 
 
 def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -> Path:

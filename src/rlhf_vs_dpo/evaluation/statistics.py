@@ -67,8 +67,9 @@ class Estimate:
         return [(self.seed_variance, self.seeds - 1)] if self.seeds > 1 else []
 
     def interval(self) -> dict[str, float | None]:
-        """`mean` and the 95 % interval `low`, `high`; all null where nothing was measured."""
-        if not np.isfinite(self.value) or np.isnan(self.draws).all():
+        """`mean` and the 95 % interval `low`, `high`; all null where nothing was measured, or on a single unit, which says
+        nothing of another."""
+        if self.units < 2 or not np.isfinite(self.value) or np.isnan(self.draws).all():
             return dict(NOTHING)
         low, high = _ends(self.value, self.draws, self.levels, self.units - 1)
         ends = sorted(float(self.transform(np.clip(end, *self.limits))) for end in (low, high))
@@ -175,7 +176,7 @@ def difference(a: Estimate, b: Estimate) -> dict[str, float | None]:
     comparisons. (With one seed the interval shown is of percentiles, and may disagree with p near the edge.)
     """
     draws = a.draws - b.draws
-    if not np.isfinite(a.value - b.value) or np.isnan(draws).all():
+    if min(a.units, b.units) < 2 or not np.isfinite(a.value - b.value) or np.isnan(draws).all():
         return dict(NOTHING) | {"p": None}
     value, levels, freedom = a.value - b.value, a.levels + b.levels, min(a.units, b.units) - 1
     low, high = _ends(value, draws, levels, freedom)

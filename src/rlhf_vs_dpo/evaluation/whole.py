@@ -179,9 +179,10 @@ def _spread(row: Row, sft: Estimate, judge: str, settings: Evaluate) -> dict[str
 def _differences(rows: list[Row], estimates: dict, judge: str) -> list[dict[str, Any]]:
     """Every two rows: a - b in the judge's reward with Holm's correction over all of them, and who wins how often."""
     answers = []
+    whole = {row.name: all(judge in run for run in _runs(row).values()) for row in rows}
     for row in rows:
-        whole = pd.concat([t.assign(weight=t.get("weight", pd.Series(1.0, index=t.index))) for t in row.tables])
-        groups = {p: (g[judge].to_numpy(float), g["weight"].to_numpy()) for p, g in whole.groupby("prompt_id")}
+        together = pd.concat([t.assign(weight=t.get("weight", pd.Series(1.0, index=t.index))) for t in row.tables])
+        groups = {p: (g[judge].to_numpy(float), g["weight"].to_numpy()) for p, g in together.groupby("prompt_id")}
         answers.append(groups)
     found = []
     with bar(len(rows) * (len(rows) - 1) // 2, "pairs of policies", "pair") as progress:
@@ -194,6 +195,8 @@ def _differences(rows: list[Row], estimates: dict, judge: str) -> list[dict[str,
                     if theirs is not None:
                         shares.append(np.divide(*win_share(ours, weight, theirs, other)))
                 entry = difference(estimates[a.name][judge], estimates[b.name][judge])
+                if not (whole[a.name] and whole[b.name]):  # the runs that are left do not speak for the method
+                    entry["p"] = None
                 found.append({"a": a.name, "b": b.name} | entry | {"wins": float(np.mean(shares)) if shares else None})
                 progress.update()
     for entry, corrected in zip(found, holm([entry["p"] for entry in found]), strict=True):

@@ -49,7 +49,11 @@ def best_of_family(found: dict[str, Any], family: str) -> str | None:
 def verdict(found: dict[str, Any]) -> list[str]:
     """Three sentences: who leads, RL against the DPO family, and at what price and how surely."""
     judge = found["judge"]
-    measured = {row: m[judge] for row, m in found["methods"].items() if m[judge]["mean"] is not None}
+    measured = {
+        row: m[judge]
+        for row, m in found["methods"].items()
+        if m[judge]["mean"] is not None and all(judge in run for run in found["runs"][row].values())
+    }
     if "sft" not in measured or len(measured) < 2:
         return ["Too few policies finished a response to be compared."]
     leader = max(measured, key=lambda row: measured[row]["mean"])
@@ -89,7 +93,17 @@ def verdict(found: dict[str, Any]) -> list[str]:
         )
     else:
         trained = [m for m in found["paths"]]
-        second = f"The run trained {_listed(trained) or 'no policy'}, not a method of both families, so that it compares no RL with the DPO family."
+        dumb = [
+            name
+            for name, family in (("RL", "rl"), ("DPO", "preference"))
+            if family in [found["families"][m] for m in trained] and not best_of_family(found, family)
+        ]
+        second = (
+            f"Of the {_listed(dumb)} family no method could be chosen: in each, a run ended none of its responses to validation "
+            "prompts, so that RL is not compared with the DPO family."
+            if dumb
+            else f"The run trained {_listed(trained) or 'no policy'}, not a method of both families, so that it compares no RL with the DPO family."
+        )
         third = ""
     if seeds == 1:
         third += "one seed per method was run, so that none of this says how another training run would have ended."
