@@ -282,6 +282,15 @@ def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
     assert chart.size["width"] > 200 and chart.find_elements(By.CSS_SELECTOR, "path")
     shot(browser, "mlflow-compare")
 
+    sized(browser, (1700, 1000))
+    browser.get(f"{address.partition('?')[0]}?compareRunsMode=CHART")
+    browser.refresh()
+    search = wait.until(lambda d: d.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']"))
+    search.send_keys("evaluation/")
+    wait.until(lambda d: "evaluation\n(" in d.find_element(By.TAG_NAME, "body").text)  # charts are grouped by prefix
+    wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .bars path")) >= 4)
+    shot(browser, "mlflow-charts")
+
 
 def test_policies_are_registered_and_the_best_has_an_alias(mlflow_ui):
     from mlflow.tracking import MlflowClient
