@@ -681,6 +681,7 @@ def own_project(folder: Path, form: str) -> Path:
 @pytest.mark.parametrize("form", ["explicit", "conversational"])
 def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
     folder = own_project(tmp_path / "project", form)
+    change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
     run(folder, "dvc", "repro", "preferences")
     pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
@@ -689,7 +690,7 @@ def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
 
 def test_own_preferences_go_through_the_whole_graph(tmp_path):
     folder = own_project(tmp_path / "project", "implicit")
-    imitation = ["chosen_sft", "best_of_n"]
+    imitation = ["best_of_n"]
     change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
     change(folder, "seeds", [0, 1])
     config.check(config.read_params(folder / "params.yaml"))

@@ -193,11 +193,11 @@ def tables(gold, finished=True):
     )
     retention = pd.DataFrame(
         {
-            "kind": ["corpus", "fact", "fact"],
-            "item_id": ["d", "f", "g"],
-            "tokens": [4, 1, 1],
-            "logp": [-4 * np.log(2), -1.0, -1.0],
-            "correct": [np.nan, 1.0, 0.0],
+            "kind": ["corpus", "corpus", "fact", "fact"],
+            "item_id": ["d", "e", "f", "g"],
+            "tokens": [3, 1, 1, 1],
+            "logp": [-2 * np.log(2), -2 * np.log(2), -1.0, -1.0],  # 4 tokens of log 2 on average, not 2 documents
+            "correct": [np.nan, np.nan, 1.0, 0.0],
         }
     )
     return samples, retention
