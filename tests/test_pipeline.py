@@ -690,7 +690,7 @@ def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
 
 def test_own_preferences_go_through_the_whole_graph(tmp_path):
     folder = own_project(tmp_path / "project", "implicit")
-    imitation = ["best_of_n"]
+    imitation = ["chosen_sft", "best_of_n"]
     change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
     change(folder, "seeds", [0, 1])
     config.check(config.read_params(folder / "params.yaml"))
@@ -733,5 +733,6 @@ def test_a_queued_sweep_is_shown_by_dvc_and_grouped_by_mlflow(tmp_path):
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("rlhf-vs-dpo").experiment_id], "tags.method = 'dpo'")
     grouped = {entry.data.params["method.beta"]: entry.data.tags.get("dvc.exps", "") for entry in runs}
-    assert set(grouped) == {"0.05", "0.1", "0.5"} and grouped["0.05"] and grouped["0.5"] != grouped["0.05"]
+    assert set(grouped) == {"0.05", "0.1", "0.5"} and grouped["0.05"] and grouped["0.5"]
+    assert grouped["0.05"] != grouped["0.5"]
     assert not (folder / ".dvc" / "tmp" / "exps" / "mlflow.db").exists()  # the store is the repository's own

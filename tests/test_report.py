@@ -89,12 +89,12 @@ def test_the_verdict_claims_no_more_than_the_statistics(found):
     assert "3 seeds together" in words.limits(found)[0]
 
 
-def test_a_method_of_which_a_run_is_dumb_leads_nothing(found):
-    dumb = json.loads(json.dumps(found))
-    folder = next(iter(dumb["runs"]["ppo"]))
-    del dumb["runs"]["ppo"][folder][dumb["judge"]]
-    dumb["validation"][folder] = None
-    first, second, _ = words.verdict(dumb)
+def test_a_method_of_which_a_run_never_answers_leads_nothing(found):
+    silent = json.loads(json.dumps(found))
+    folder = next(iter(silent["runs"]["ppo"]))
+    del silent["runs"]["ppo"][folder][silent["judge"]]
+    silent["validation"][folder] = None
+    first, second, _ = words.verdict(silent)
     assert "ppo has the highest" not in first and "Of the RL family no method could be chosen" in second
 
 

@@ -103,15 +103,15 @@ class Run:
 
         `stage` is given those that are always read; this is for what only some settings open.
         """
+        if self.run_id is None:
+            return
         from mlflow.entities import RunTag
 
         known = locked()
         used = {str(path): known[str(path)] for path in paths if str(path) in known}
-        if self.run_id is not None and used:
-            _client().log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in used.items()])
-            tables = [_dataset(path, md5) for path, md5 in used.items() if path.endswith(".parquet")]
-            if tables:
-                _client().log_inputs(self.run_id, tables)
+        _client().log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in used.items()])
+        if tables := [_dataset(path, md5) for path, md5 in used.items() if path.endswith(".parquet")]:
+            _client().log_inputs(self.run_id, tables)
 
     def warn(self, name: str, message: str) -> None:
         """A named warning: in the log, and as the tag `warning.<name>` of the run."""
@@ -184,6 +184,12 @@ def _metrics(values: dict[str, float], step: int = 0) -> list[Any]:
 
     now = int(time.time() * 1000)
     return [Metric(name, float(value), now, step) for name, value in values.items() if math.isfinite(value)]
+
+
+def _params(values: dict[str, Any]) -> list[Any]:
+    from mlflow.entities import Param
+
+    return [Param(key, str(value)[:6000]) for key, value in _leaves(values).items()]
 
 
 def _client():
@@ -259,16 +265,13 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
     `run_file` receives the run's id and cost when the stage has succeeded. A UserError is printed without a traceback
     and ends the process with status 1; the run is marked FAILED at any exception.
     """
-    from mlflow.entities import Param
-
     started = time.monotonic()
     run_id = None
     try:
         params = stage_params(os.environ.get("DVC_STAGE"))
         if is_main():
             run_id = _create(os.environ.get("DVC_STAGE", name), tags)
-            given = [Param(key, str(value)[:6000]) for key, value in _leaves(params).items()]
-            _client().log_batch(run_id, params=given)
+            _client().log_batch(run_id, params=_params(params))
         run = Run(params, run_id)
         run.reads(*inputs)
         with _watching(run_id):
@@ -402,13 +405,11 @@ def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None
 
 def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
     """Metrics, parameters, samples and the experiments that used it, onto the run of a policy."""
-    from mlflow.entities import Param
-
     from rlhf_vs_dpo import profiles
 
     client, run_id = _client(), run.info.run_id
     # MLflow appends: what a run has already is not said again when evaluation runs again.
-    told = {(key, 0): value for key, value in run.data.metrics.items()}
+    told = {(key, 0): value for key, value in run.data.metrics.items() if key in entry["metrics"]}
     for key in {key for _, row in entry["steps"] for key in row}:
         for point in sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp):
             told[key, point.step] = point.value  # the last word of each step
@@ -416,8 +417,8 @@ def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
     batch = [m for m in batch if told.get((m.key, m.step)) != m.value]
     for start in range(0, len(batch), BATCH):
         client.log_batch(run_id, metrics=batch[start : start + BATCH])
-    settings = {f"method.{key}": str(value) for key, value in _leaves(entry["settings"]).items()}
-    client.log_batch(run_id, params=[Param(k, v) for k, v in settings.items() if k not in run.data.params])
+    settings = _params({"method": entry["settings"]})
+    client.log_batch(run_id, params=[param for param in settings if param.key not in run.data.params])
     # A run that the run cache brought back was made under another profile, or in another experiment: it belongs to both.
     for tag, value in (("profiles", profiles.current()), ("dvc.exps", os.environ.get("DVC_EXP_NAME"))):
         before = run.data.tags.get(tag, "").split()

@@ -93,15 +93,15 @@ def verdict(found: dict[str, Any]) -> list[str]:
         )
     else:
         trained = [m for m in found["paths"]]
-        dumb = [
+        silent = [
             name
             for name, family in (("RL", "rl"), ("DPO", "preference"))
             if family in [found["families"][m] for m in trained] and not best_of_family(found, family)
         ]
         second = (
-            f"Of the {_listed(dumb)} family no method could be chosen: in each, a run ended none of its responses to validation "
+            f"Of the {_listed(silent)} family no method could be chosen: in each, a run ended none of its responses to validation "
             "prompts, so that RL is not compared with the DPO family."
-            if dumb
+            if silent
             else f"The run trained {_listed(trained) or 'no policy'}, not a method of both families, so that it compares no RL with the DPO family."
         )
         third = ""
