@@ -14,10 +14,11 @@ from typing import Annotated
 import torch
 import typer
 
-from rlhf_vs_dpo import config, models, schemas, text
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo import config, tables
+from rlhf_vs_dpo.language import models, text
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.training import preference, supervised
-from rlhf_vs_dpo.training.forward import log_likelihoods
+from rlhf_vs_dpo.language.forward import log_likelihoods
 
 
 class NoWatch:
@@ -83,7 +84,7 @@ def main(
 ) -> None:
     """Print pairs per second of both, and their ratio."""
     model, tokenizer = models.load_policy(Path("models/sft"))
-    pairs = schemas.read_table(Path("data/pairs.parquet"), "pairs", "train").head(count)
+    pairs = tables.read_table(Path("data/pairs.parquet"), "pairs", "train").head(count)
     settings = config.section(config.read_params(), "preference", "dpo").model_copy(update={"epochs": 1.0})
     rates: dict[str, list[float]] = {"ours": [], "trl": []}
     for number in range(rounds + 1):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import launch, tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
@@ -19,17 +19,19 @@ def main(
 ) -> None:
     """Make the model that SFT starts from: all tokens of the corpus are predicted."""
     launch.on_all_devices()
-    with tracking.stage("base", [corpus], run_file) as run:
+    with frame.stage("base", [corpus], run_file) as run:
         import torch
 
-        from rlhf_vs_dpo import models, schemas, text
-        from rlhf_vs_dpo.logprobs import Policy, check_projection
-        from rlhf_vs_dpo.training import forward, supervised
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language.logprobs import Policy, check_projection
+        from rlhf_vs_dpo.language import forward
+        from rlhf_vs_dpo.training import supervised
 
         settings = run.section("base")
-        torch.manual_seed(run.seed)
-        train = schemas.read_table(corpus, "corpus", "train")
-        heldout = schemas.read_table(corpus, "corpus", "validation")
+        torch.manual_seed(run.section("seed"))
+        train = tables.read_table(corpus, "corpus", "train")
+        heldout = tables.read_table(corpus, "corpus", "validation")
         if settings.pretrained is not None:
             model, tokenizer = models.pretrained(settings)
         else:
@@ -47,7 +49,7 @@ def main(
         examples = text.documents(tokenizer, train["text"], context)
         check_projection(policy, text.collate(examples[:2], pad).to(models.device()))
         trained = supervised.likelihood(
-            policy, examples, list(train["doc_id"]), pad, settings.training, run.seed, run.log, "base"
+            policy, examples, list(train["doc_id"]), pad, settings.training, run.section("seed"), run.log, "base"
         )
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
@@ -65,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
@@ -15,8 +15,8 @@ def main(
     metrics: Annotated[Path, typer.Option(help="Sizes of the tables.")],
 ) -> None:
     """Build corpus, demonstrations, prompts, pairs of the data set (if it has any), facts and the gold reward."""
-    with tracking.stage("data", []) as run:
-        from rlhf_vs_dpo import schemas
+    with frame.stage("data", []) as run:
+        from rlhf_vs_dpo import tables
         from rlhf_vs_dpo.errors import DataError
         from rlhf_vs_dpo.sources import Tables, files, forms, hub, imdb, mini_tldr
 
@@ -31,9 +31,9 @@ def main(
         renderer = None
         match settings.source:
             case "mini_tldr":
-                tables: Tables = mini_tldr.build(settings.mini_tldr, run.seed)
+                tables: Tables = mini_tldr.build(settings.mini_tldr, run.section("seed"))
             case "imdb":
-                tables = imdb.build(settings.imdb, run.seed)
+                tables = imdb.build(settings.imdb, run.section("seed"))
             case "hub":
                 tables = hub.build(settings.hub, render)
             case "files":
@@ -44,11 +44,11 @@ def main(
         }
         for name, frame in named.items():  # all are checked before the first is written
             if name != "dataset_pairs" or len(frame):
-                schemas.validate(frame, "pairs" if name == "dataset_pairs" else name, f"{settings.source}: {name}")
+                tables.validate(frame, "pairs" if name == "dataset_pairs" else name, f"{settings.source}: {name}")
         for name, splits in (
             ("corpus", ("train", "validation")),
-            ("demonstrations", schemas.SPLITS),
-            ("prompts", schemas.SPLITS),
+            ("demonstrations", tables.SPLITS),
+            ("prompts", tables.SPLITS),
         ):
             lost = [split for split in splits if not (named[name]["split"] == split).any()]
             if lost:
@@ -56,7 +56,7 @@ def main(
                     f"{settings.source}: no row of {name} has split {', '.join(lost)}; give more rows, or other shares in `data`"
                 )
         for name, frame in named.items():
-            schemas.write_table(frame, name, out / f"{name}.parquet")
+            tables.write_table(frame, name, out / f"{name}.parquet")
         world = out / "world"
         shutil.rmtree(world, ignore_errors=True)
         world.mkdir()
@@ -64,7 +64,7 @@ def main(
         (world / "words.json").write_text(json.dumps(tables.words))
         if tables.classifier is not None:
             tables.classifier.to_parquet(world / "classifier.parquet", index=False)
-        splits = {split: int((tables.prompts["split"] == split).sum()) for split in schemas.SPLITS}
+        splits = {split: int((tables.prompts["split"] == split).sum()) for split in tables.SPLITS}
         run.finish(
             {"rows": {name: len(frame) for name, frame in named.items()}, "prompts": splits} | tables.metrics, metrics
         )
@@ -74,10 +74,10 @@ def tokenizer(base: dict):
     """The tokenizer whose chat template renders conversations: that of the pretrained model, if there is one."""
     if base["pretrained"] is None:
         return None
-    from rlhf_vs_dpo.models import pretrained_tokenizer
+    from rlhf_vs_dpo.language.models import pretrained_tokenizer
 
     return pretrained_tokenizer(base["pretrained"], base["revision"])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

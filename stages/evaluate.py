@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
@@ -25,19 +25,21 @@ def main(
     plots: Annotated[Path, typer.Option(help="Folder for tables that `dvc plots` draws.")],
 ) -> None:
     """Write what `evaluation.whole.compare` finds, and add each policy's numbers to its MLflow run."""
-    with tracking.stage("evaluate", [prompts, pool]) as run:
+    with frame.stage("evaluate", [prompts, pool]) as run:
         import json
 
-        from rlhf_vs_dpo import atomic, config, gold, schemas
+        from rlhf_vs_dpo import config, tables
+        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.run import atomic
         from rlhf_vs_dpo.evaluation import tables, verdicts, whole
         from rlhf_vs_dpo.evaluation.statistics import Resamples
 
         chosen, seeds = run.section("policies"), run.section("seeds")
         members, family = config.folders(chosen, seeds), config.families(chosen)
         folders = [folder for of in members.values() for folder in of]
-        demos = schemas.read_table(demonstrations, "demonstration_scores", "test")
+        demos = tables.read_table(demonstrations, "demonstration_scores", "test")
         asked = demos.merge(
-            schemas.read_table(prompts, "prompts")[["prompt_id", "prompt", "facts"]], on="prompt_id", how="left"
+            tables.read_table(prompts, "prompts")[["prompt_id", "prompt", "facts"]], on="prompt_id", how="left"
         )
         inputs = whole.Inputs(
             policies=chosen,
@@ -45,25 +47,25 @@ def main(
             settings={method: run.section(family[method], method) for method in members if method != "sft"},
             own_pairs=run.section("preferences").source == "dataset",
             reward_settings=run.section("reward"),
-            samples={f: schemas.read_table(samples / f"{f}.parquet", "samples") for f in folders},
-            retention={f: schemas.read_table(samples / f"{f}-retention.parquet", "retention") for f in folders},
-            watched={f: schemas.read_table(samples / f"{f}-heldout.parquet", "watched") for f in folders if f != "sft"},
+            samples={f: tables.read_table(samples / f"{f}.parquet", "samples") for f in folders},
+            retention={f: tables.read_table(samples / f"{f}-retention.parquet", "retention") for f in folders},
+            watched={f: tables.read_table(samples / f"{f}-heldout.parquet", "watched") for f in folders if f != "sft"},
             pair_rewards={
-                f: schemas.read_table(path, "pair_rewards")
+                f: tables.read_table(path, "pair_rewards")
                 for f in folders
                 if (path := heldout / f"{f}-pairs.parquet").exists()
             },
             demonstrations=demos.join(
                 gold.columns(gold.load(world), asked["prompt"], asked["facts"], demos["response"])
             ),
-            pool=schemas.read_table(pool, "pool"),
+            pool=tables.read_table(pool, "pool"),
             runs={path.stem: tracking.read_run(path) for path in sorted(runs.glob("*.json"))},
             pairs=json.loads(preferences_metrics.read_text()),
             pool_metrics=json.loads(pool_metrics.read_text()),
         )
         settings = run.section("evaluate")
         found = whole.compare(inputs, settings, run.seed)
-        said = schemas.read_table(judgements, "judgements")
+        said = tables.read_table(judgements, "judgements")
         found["judges"] = verdicts.summary(said, members, Resamples(settings.resamples, run.seed))
         tracking.write_json(found, out)
         with atomic.folder(policies) as place:
@@ -79,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

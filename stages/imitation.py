@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import launch, tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
     method: Annotated[str, typer.Option(help="Entry of `imitation` in params.yaml.")],
-    seed: Annotated[int, typer.Option(help="Seed of this cell.")],
+    seed: Annotated[int, typer.Option(help="Line that this cell belongs to: the seed of all that is random here.")],
     sft: Annotated[Path, typer.Option(help="Policy to start from.")],
     pairs: Annotated[Path, typer.Option(help="Preference pairs; opened only by recipes that imitate them.")],
     pool: Annotated[Path, typer.Option(help="Scored samples; opened only by recipes that imitate them.")],
@@ -26,12 +26,14 @@ def main(
     """Maximum likelihood of what a recipe keeps, once or in several rounds of sampling and keeping."""
     launch.on_all_devices()
     tags = {"family": "imitation", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with tracking.stage(f"imitation@{method}-{seed}", [sft, prompts], run_file, **tags) as run:
+    with frame.stage(f"imitation@{method}-{seed}", [sft, prompts], run_file, **tags) as run:
         import torch
 
-        from rlhf_vs_dpo import gold, models, schemas
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models
+        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.errors import TrainingError
-        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.training import imitation, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
@@ -46,26 +48,26 @@ def main(
         known: dict[str, list[int]] = {}
         samples = 0
         if imitation.NEEDS[settings.recipe] == "pairs":
-            learned = schemas.read_table(pairs, "pairs", "train")
+            learned = tables.read_table(pairs, "pairs", "train")
             run.reads(pairs)
             examples = imitation.from_pairs(settings.recipe, learned, tokenizer, models.context_of(model))
         else:
-            drawn = schemas.read_table(pool, "pool", "train")
+            drawn = tables.read_table(pool, "pool", "train")
             run.reads(pool, *([reward] if settings.rounds > 1 else []))
-            asked = schemas.read_table(prompts, "prompts", "train")
+            asked = tables.read_table(prompts, "prompts", "train")
             known = imitation.prompt_ids(tokenizer, asked[asked["prompt_id"].isin(drawn["prompt_id"])])
             samples = int(drawn["sample"].max()) + 1
             examples = imitation.from_pool(settings, drawn, known)
         planned = settings.rounds * supervised.steps_over(settings, len(examples.tokens))
         watched = HeldOut(
-            schemas.read_table(prompts, "prompts", "validation"), gold.load(world), start, tokenizer,
-            run.section("monitor"), sampling, run.seed, planned,
+            tables.read_table(prompts, "prompts", "validation"), gold.load(world), start, tokenizer,
+            run.section("monitor"), sampling, seed, planned,
         )  # fmt: skip
         trained = generated = read = taken = 0
         for number in range(settings.rounds):
             if number > 0:
                 drawn, sampled, prompted = imitation.draw_pool(
-                    model, tokenizer, models.load_scorer(reward), known, samples, sampling, round_seed(seed, number)
+                    model, tokenizer, heads.load_scorer(reward), known, samples, sampling, round_seed(seed, number)
                 )
                 generated, read = generated + sampled, read + prompted
                 examples = imitation.from_pool(settings, drawn, known)
@@ -88,10 +90,10 @@ def main(
         )  # fmt: skip
         if launch.is_main():
             models.save(model, tokenizer, out)
-            schemas.write_table(watched.table(), "heldout", heldout)
+            tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             run.finish(run.rows[-1] | watched.final() | {"examples": len(examples.tokens)}, metrics, taken)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -1,11 +1,11 @@
-"""Ask judges: each policy's first sample for a prompt against the SFT policy's."""
+"""Ask judges: each policy's first sample against that of the SFT policy of its own line."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
@@ -15,42 +15,43 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the judgements go.")],
 ) -> None:
     """Write `judgements`: who won, whether the judge agreed with itself, and which place it favoured."""
-    with tracking.stage("judge", [prompts]) as run:
+    with frame.stage("judge", [prompts]) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import answers, config, judges, schemas
+        from rlhf_vs_dpo import config, tables
+        from rlhf_vs_dpo.preferences import answers, judges
+        from rlhf_vs_dpo.run.pipeline import root
 
-        settings = run.section("judging")
-        folders = [f for of in config.folders(run.section("policies"), run.section("seeds")).values() for f in of]
+        settings, seeds = run.section("judging"), run.section("seeds")
+        members = config.folders(run.section("policies"), seeds)
+        test = tables.read_table(prompts, "prompts", "test").set_index("prompt_id")
 
         def first(folder: str) -> pd.Series:
-            table = answers.first(schemas.read_table(samples / f"{folder}.parquet", "samples"))
+            table = answers.first(tables.read_table(samples / f"{folder}.parquet", "samples"))
             return table.set_index("prompt_id")["response"]
 
-        theirs = first("sft").head(settings.prompts)
-        rows = schemas.read_table(prompts, "prompts", "test").set_index("prompt_id").loc[theirs.index]
-        asked = {
-            folder: pd.DataFrame(
-                {"prompt": rows["prompt"], "facts": rows["facts"], "a": first(folder).loc[theirs.index], "b": theirs}
-            )
-            for folder in folders
-            if folder != "sft"
-        }
-        parts = [schemas.empty("judgements")]
-        for name, entry in settings.judges.items():
-            judge = judges.load(entry, world, tracking.root() / ".judge_cache" / f"{name}.jsonl")
-            if judge is None:
-                typer.echo(f"judge {name}: the source has no gold reward; left out")
-                continue
-            whole = pd.concat(asked.values(), ignore_index=True)
-            verdicts = judge.compare(whole)
-            policies = [folder for folder, table in asked.items() for _ in range(len(table))]
-            verdicts.insert(0, "judge", name)
-            verdicts.insert(1, "policy", policies)
-            verdicts.insert(2, "prompt_id", list(theirs.index) * len(asked))
-            parts.append(verdicts)
-        schemas.write_table(pd.concat(parts, ignore_index=True).astype({"win": float}), "judgements", out)
+        parts = [tables.empty("judgements")]
+        for line, seed in enumerate(seeds):
+            theirs = first(members["sft"][line]).head(settings.prompts)
+            rows = test.loc[theirs.index]
+            asked = pd.concat(
+                [
+                    pd.DataFrame({"policy": of[line], "prompt_id": theirs.index, "prompt": rows["prompt"], "facts": rows["facts"],
+                                  "a": first(of[line]).loc[theirs.index], "b": theirs})
+                    for method, of in members.items()
+                    if method != "sft"
+                ],
+                ignore_index=True,
+            )  # fmt: skip
+            for name, entry in settings.judges.items():
+                judge = judges.load(entry, world, root() / ".judge_cache" / f"{name}.jsonl", seed)
+                if judge is None:
+                    typer.echo(f"judge {name}: the source has no gold reward; left out")
+                    continue
+                verdicts = judge.compare(asked[["prompt", "facts", "a", "b"]])
+                parts.append(asked[["policy", "prompt_id"]].join(verdicts).assign(judge=name))
+        tables.write_table(pd.concat(parts, ignore_index=True).astype({"win": float}), "judgements", out)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 CHUNK = 8192  # responses held in memory at once
 
 
 def main(
+    seed: Annotated[int, typer.Option(help="Line that this is of: the seed of all that is random here.")],
     sft: Annotated[Path, typer.Option(help="Policy to sample from.")],
     reward: Annotated[Path, typer.Option(help="Reward model.")],
     prompts: Annotated[Path, typer.Option(help="Prompts: train to imitate, test to measure best-of-n on.")],
@@ -20,19 +21,21 @@ def main(
     run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
 ) -> None:
     """Write `pool`, part by part: what does not fit into memory need not."""
-    with tracking.stage("pool", [sft, reward, prompts], run_file) as run:
+    with frame.stage(f"pool@{seed}", [sft, reward, prompts], run_file, seed=str(seed)) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import gold, models, schemas, text
-        from rlhf_vs_dpo.generation import decode, generate
-        from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.progress import bar
-        from rlhf_vs_dpo.training import forward
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language.generation import decode, generate
+        from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.run.progress import bar
+        from rlhf_vs_dpo.language import forward
 
         settings, sampling = run.section("pool"), run.section("sampling")
-        train = schemas.read_table(prompts, "prompts", "train").head(settings.train_prompts)
-        validation = schemas.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)
-        test = schemas.read_table(prompts, "prompts", "test").head(settings.test_prompts)
+        train = tables.read_table(prompts, "prompts", "train").head(settings.train_prompts)
+        validation = tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)
+        test = tables.read_table(prompts, "prompts", "test").head(settings.test_prompts)
         deep = [number < settings.deep_prompts for number in range(len(test))]
         rows = pd.concat(
             [
@@ -46,7 +49,7 @@ def main(
         each = each.assign(sample=each.groupby(level=0).cumcount()).reset_index(drop=True)
         model, tokenizer = models.load_policy(sft)
         policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
-        scorer, judge = models.load_scorer(reward), gold.load(world)
+        scorer, judge = heads.load_scorer(reward), gold.load(world)
         totals = {split: [0, 0, 0.0] for split in ("train", "validation", "test")}  # responses, tokens, how many ended
         read = {split: 0 for split in totals}
 
@@ -57,7 +60,7 @@ def main(
                     streams = [f"pool/{name}" for name in some["prompt_id"]]  # of its own: no sample is another table's
                     drawn = generate(
                         model, tokenizer, text.encode_prompts(tokenizer, list(some["prompt"])), streams,
-                        list(some["sample"]), sampling, run.seed, rows=1024,
+                        list(some["sample"]), sampling, seed, rows=1024,
                     )  # fmt: skip
                     logp = forward.log_likelihoods(policy, drawn.tokens, pad)
                     table = some[["prompt_id", "split", "sample"]].assign(
@@ -81,7 +84,7 @@ def main(
                     progress.update(len(some))
                     yield table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
 
-        schemas.write_stream(parts(), "pool", out)
+        tables.write_stream(parts(), "pool", out)
         run.spent(
             parameters=models.size(model), tokens_generated=sum(entry[1] for entry in totals.values()),
             tokens_read=sum(read.values()), models_held=2,
@@ -96,4 +99,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

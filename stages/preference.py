@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import launch, tracking
+from rlhf_vs_dpo.run import frame, launch
 
 SIDES = ("chosen", "rejected")
 
 
 def main(
     method: Annotated[str, typer.Option(help="Entry of `preference` in params.yaml.")],
-    seed: Annotated[int, typer.Option(help="Seed of this cell.")],
+    seed: Annotated[int, typer.Option(help="Line that this cell belongs to: the seed of all that is random here.")],
     sft: Annotated[Path, typer.Option(help="Policy to start from.")],
     pairs: Annotated[Path, typer.Option(help="Preference pairs.")],
     reference: Annotated[Path, typer.Option(help="log pi_ref of the pairs; opened only by losses that need it.")],
@@ -28,15 +28,18 @@ def main(
     """One loop, one loss each; no reward model is part of it, and no sampling where there is one round."""
     launch.on_all_devices()
     tags = {"family": "preference", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with tracking.stage(f"preference@{method}-{seed}", [sft, pairs, prompts], run_file, **tags) as run:
+    with frame.stage(f"preference@{method}-{seed}", [sft, pairs, prompts], run_file, **tags) as run:
         import numpy as np
         import pandas as pd
         import torch
 
-        from rlhf_vs_dpo import gold, labelling, models, schemas, text
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.preferences import gold, labelling
         from rlhf_vs_dpo.errors import TrainingError
-        from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.training import forward, preference, supervised
+        from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.language import forward
+        from rlhf_vs_dpo.training import preference, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
 
@@ -45,11 +48,11 @@ def main(
         model, tokenizer = models.load_policy(sft)
         start, _ = models.load_policy(sft)  # to measure KL at the watched points, and for pairs of later rounds
         policy, pad, context = Policy(model, sampling.temperature), tokenizer.pad_token_id, models.context_of(model)
-        whole = schemas.read_table(pairs, "pairs")
-        asked, judge = schemas.read_table(prompts, "prompts"), gold.load(world)
+        whole = tables.read_table(pairs, "pairs")
+        asked, judge = tables.read_table(prompts, "prompts"), gold.load(world)
         stored = None
         if preference.NEEDS_REFERENCE[settings.loss]:
-            stored = preference.stored_reference(whole, schemas.read_table(reference, "reference"), reference)
+            stored = preference.stored_reference(whole, tables.read_table(reference, "reference"), reference)
             run.reads(reference)
 
         def encoded(rows: pd.DataFrame) -> list[list[text.Tokens]]:
@@ -62,7 +65,7 @@ def main(
         steps = [supervised.steps_over(settings, len(part)) for part in parts]
         watched = HeldOut(
             asked[asked["split"] == "validation"], judge, start, tokenizer,
-            run.section("monitor"), sampling, run.seed, sum(steps),
+            run.section("monitor"), sampling, seed, sum(steps),
         )  # fmt: skip
         trained = generated = read = taken = 0
         for number, part in enumerate(parts):
@@ -105,9 +108,9 @@ def main(
             known = None if stored is None else stored.loc[held]
             judged = preference.implicit_rewards(policy, *encoded(whole.loc[held]), known, pad, settings)
             table = whole.loc[held, ["pair_id", "prompt_id"]].reset_index(drop=True).join(judged)
-            schemas.write_table(table, "pair_rewards", pair_rewards)
+            tables.write_table(table, "pair_rewards", pair_rewards)
             models.save(model, tokenizer, out)
-            schemas.write_table(watched.table(), "heldout", heldout)
+            tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             accuracy = float((table["chosen"] > table["rejected"]).mean())
             run.finish(
@@ -116,4 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

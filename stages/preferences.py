@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
+    seed: Annotated[int, typer.Option(help="Line that this is of: the seed of all that is random here.")],
     sft: Annotated[Path, typer.Option(help="Policy to sample from.")],
     prompts: Annotated[Path, typer.Option(help="Prompts; those of train and validation are used.")],
     dataset_pairs: Annotated[Path, typer.Option(help="Pairs that the data set brought.")],
@@ -18,15 +19,16 @@ def main(
     run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
 ) -> None:
     """Write `pairs`: of train (to learn from) and of validation (to measure the reward model on)."""
-    with tracking.stage("preferences", [sft, prompts], run_file) as run:
+    with frame.stage(f"preferences@{seed}", [sft, prompts], run_file, seed=str(seed)) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import gold, schemas
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.errors import DataError
 
         settings = run.section("preferences")
         if settings.source == "dataset":
-            pairs = schemas.read_table(dataset_pairs, "dataset_pairs")
+            pairs = tables.read_table(dataset_pairs, "dataset_pairs")
             if not len(pairs):
                 raise DataError(
                     f"{dataset_pairs}: the source brought no pairs; set `preferences.source: annotator` in params.yaml"
@@ -39,14 +41,15 @@ def main(
                 raise DataError(
                     "the source has no gold reward for the annotator to choose by; set `preferences.source: dataset` in params.yaml"
                 )
-            from rlhf_vs_dpo import labelling, models
+            from rlhf_vs_dpo.language import models
+            from rlhf_vs_dpo.preferences import labelling
 
             model, tokenizer = models.load_policy(sft)
             labelled = labelling.label(
                 model, tokenizer,
-                pd.concat([schemas.read_table(prompts, "prompts", "train").head(settings.train_prompts),
-                           schemas.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
-                judge, settings.annotator, run.section("sampling"), run.seed, "two samples per prompt",
+                pd.concat([tables.read_table(prompts, "prompts", "train").head(settings.train_prompts),
+                           tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
+                judge, settings.annotator, run.section("sampling"), seed, "two samples per prompt",
             )  # fmt: skip
             run.spent(
                 parameters=models.size(model), tokens_generated=labelled.tokens_generated,
@@ -58,7 +61,7 @@ def main(
                 raise DataError(
                     f"{out}: no pair has split {split!r}; give the source more prompts (`data` in params.yaml)"
                 )
-        schemas.write_table(pairs, "pairs", out)
+        tables.write_table(pairs, "pairs", out)
         run.finish(
             {"pairs": {split: int((pairs["split"] == split).sum()) for split in ("train", "validation")}} | summary,
             metrics,
@@ -66,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
@@ -15,12 +15,13 @@ def main(
     run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
 ) -> None:
     """Write `reference`: log-probability and length of both responses of each pair."""
-    with tracking.stage("reference", [sft, pairs], run_file) as run:
-        from rlhf_vs_dpo import models, schemas, text
-        from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.training import forward
+    with frame.stage(f"reference@{sft.name}", [sft, pairs], run_file) as run:
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.language import forward
 
-        frame = schemas.read_table(pairs, "pairs")
+        frame = tables.read_table(pairs, "pairs")
         model, tokenizer = models.load_policy(sft)
         policy = Policy(model, run.section("sampling").temperature)
         table, read = frame[["pair_id"]].copy(), 0
@@ -30,8 +31,8 @@ def main(
             read += forward.tokens_read(tokens)
             table[f"{side}_tokens"] = [len(example.response) for example in tokens]
         run.spent(parameters=models.size(model), tokens_read=read, models_held=1)
-        schemas.write_table(table, "reference", out)
+        tables.write_table(table, "reference", out)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 SHARED = ("base", "sft", "preferences", "reward", "reference", "pool")  # stages whose cost several methods share
 
@@ -24,17 +24,19 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
 ) -> None:
     """Write index.html, report.md and its figures, and log them to MLflow."""
-    with tracking.stage("report", [results]) as run:
+    with frame.stage("report", [results]) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import answers, atomic, config, gold, schemas
+        from rlhf_vs_dpo import config, tables
+        from rlhf_vs_dpo.preferences import answers, gold
+        from rlhf_vs_dpo.run import atomic
         from rlhf_vs_dpo.report import content, figures, markdown, page
 
         chosen = run.section("policies")
         members, family = config.folders(chosen, run.section("seeds")), config.families(chosen)
 
         def first(folder: str) -> dict[str, str]:
-            table = answers.first(schemas.read_table(samples / f"{folder}.parquet", "samples"))
+            table = answers.first(tables.read_table(samples / f"{folder}.parquet", "samples"))
             return dict(zip(table["prompt_id"], table["response"], strict=True))
 
         def best_of_first(n: int) -> dict[str, str]:
@@ -58,16 +60,16 @@ def main(
             lock = known.get("data/pool.parquet", "not in dvc.lock yet")
             return [content.Trace("data/pool.parquet", "pool", lock, run_id, tracking.link(run_id), {"n": n})]
 
-        pooled = schemas.read_table(pool, "pool", "test")
+        pooled = tables.read_table(pool, "pool", "test")
         found, known = json.loads(results.read_text()), tracking.locked()
-        demos = schemas.read_table(demonstrations, "demonstrations", "test").drop_duplicates("prompt_id")
+        demos = tables.read_table(demonstrations, "demonstrations", "test").drop_duplicates("prompt_id")
         drawn = figures.draw(found, pd.read_csv(plots / "learning.csv"))
         source = content.Source(
             found=found,
             reward_quality=json.loads(reward_metrics.read_text()),
             samples={method: first(of[0]) for method, of in members.items()}
             | {f"best_of_{n}": best_of_first(n) for n in chosen.best_of_n},
-            prompts=schemas.read_table(prompts, "prompts", "test"),
+            prompts=tables.read_table(prompts, "prompts", "test"),
             demonstrations=dict(zip(demos["prompt_id"], demos["response"], strict=True)),
             judge=gold.load(world),
             traces={method: traces(method) for method in members}
@@ -94,4 +96,4 @@ def _flat(settings) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

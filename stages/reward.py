@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import launch, tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
+    seed: Annotated[int, typer.Option(help="Line that this is of: the seed of all that is random here.")],
     sft: Annotated[Path, typer.Option(help="Policy whose body the reward model starts from.")],
     pairs: Annotated[Path, typer.Option(help="Preference pairs.")],
     prompts: Annotated[Path, typer.Option(help="Prompts, for the facts that a gold reward needs.")],
@@ -22,29 +23,31 @@ def main(
 ) -> None:
     """Bradley-Terry on a scalar head read at EOS; then a shift so that demonstrations score 0 on average."""
     launch.on_all_devices()
-    with tracking.stage("reward", [sft, pairs, demonstrations], run_file) as run:
+    with frame.stage(f"reward@{seed}", [sft, pairs, demonstrations], run_file, seed=str(seed)) as run:
         import numpy as np
         import pandas as pd
         import torch
 
-        from rlhf_vs_dpo import gold, models, schemas, text
-        from rlhf_vs_dpo.training import forward
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language import forward
         from rlhf_vs_dpo.training import reward as training
 
         settings = run.section("reward")
-        torch.manual_seed(run.seed)
-        scorer, tokenizer = models.scorer_from_policy(sft)
+        torch.manual_seed(seed)
+        scorer, tokenizer = heads.scorer_from_policy(sft)
         pad, context = tokenizer.pad_token_id, models.context_of(scorer.model)
 
         def encoded(frame: pd.DataFrame, column: str, ids: str) -> list[text.Tokens]:
             return text.encode(tokenizer, frame["prompt"], frame[column], frame[ids], context)
 
-        train, held = (schemas.read_table(pairs, "pairs", split) for split in ("train", "validation"))
-        demos = schemas.read_table(demonstrations, "demonstrations")
+        train, held = (tables.read_table(pairs, "pairs", split) for split in ("train", "validation"))
+        demos = tables.read_table(demonstrations, "demonstrations")
         demo_tokens = encoded(demos, "response", "prompt_id")
         good, bad = encoded(train, "chosen", "pair_id"), encoded(train, "rejected", "pair_id")
         trained = training.train(
-            scorer, good, bad, list(train["pair_id"]), pad, settings.training, run.seed, run.log, "reward",
+            scorer, good, bad, list(train["pair_id"]), pad, settings.training, seed, run.log, "reward",
         )  # fmt: skip
         read = forward.tokens_read(demo_tokens) + forward.tokens_read(good + bad)  # to normalise; for the range
         run.spent(parameters=models.size(scorer.model), tokens_trained=trained, tokens_read=read, models_held=1)
@@ -63,7 +66,7 @@ def main(
             chosen_tokens=[len(tokens.response) for tokens in chosen],
             rejected_tokens=[len(tokens.response) for tokens in rejected],
         )
-        facts = held.merge(schemas.read_table(prompts, "prompts")[["prompt_id", "facts"]], on="prompt_id", how="left")[
+        facts = held.merge(tables.read_table(prompts, "prompts")[["prompt_id", "facts"]], on="prompt_id", how="left")[
             "facts"
         ]
         judge = gold.load(world)
@@ -77,11 +80,11 @@ def main(
         }
         scores = (raw - scorer.model.config.reward_shift) / scorer.model.config.reward_scale
         table = demos[["prompt_id", "split", "response"]].assign(reward=scores)[demos["split"] != "train"]
-        schemas.write_table(table.reset_index(drop=True), "demonstration_scores", demonstration_scores)
+        tables.write_table(table.reset_index(drop=True), "demonstration_scores", demonstration_scores)
         models.save(scorer.model, tokenizer, out)
         run.curve(curves)
         run.finish(report, metrics, settings.training.steps)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import alarms, launch, tracking
+from rlhf_vs_dpo.run import alarms, frame, launch
 
 
 def main(
     method: Annotated[str, typer.Option(help="Entry of `rl` in params.yaml.")],
-    seed: Annotated[int, typer.Option(help="Seed of this cell.")],
+    seed: Annotated[int, typer.Option(help="Line that this cell belongs to: the seed of all that is random here.")],
     sft: Annotated[Path, typer.Option(help="Policy to start from, and to stay close to.")],
     reward: Annotated[Path, typer.Option(help="Reward model.")],
     prompts: Annotated[Path, typer.Option(help="Prompts: train to learn on, validation to watch.")],
@@ -28,11 +28,13 @@ def main(
     """Reinforcement learning with a KL penalty towards the SFT policy."""
     launch.on_all_devices()
     tags = {"family": "rl", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with tracking.stage(f"rl@{method}-{seed}", [sft, reward, prompts, demonstrations], run_file, **tags) as run:
+    with frame.stage(f"rl@{method}-{seed}", [sft, reward, prompts, demonstrations], run_file, **tags) as run:
         import torch
 
-        from rlhf_vs_dpo import gold, models, schemas, text
-        from rlhf_vs_dpo.logprobs import Policy
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.training import invariants, policy_gradient
         from rlhf_vs_dpo.training.monitor import HeldOut
 
@@ -40,17 +42,17 @@ def main(
         torch.manual_seed(seed)
         model, tokenizer = models.load_policy(sft)
         reference, _ = models.load_policy(sft)
-        train = schemas.read_table(prompts, "prompts", "train")
+        train = tables.read_table(prompts, "prompts", "train")
         documents = []
         if getattr(settings, "ptx_coefficient", 0.0) > 0:
-            documents = schemas.read_table(corpus, "corpus", "train")["text"]
+            documents = tables.read_table(corpus, "corpus", "train")["text"]
             run.reads(corpus)
         watched = HeldOut(
-            schemas.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
-            run.section("monitor"), sampling, run.seed, settings.iterations,
+            tables.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
+            run.section("monitor"), sampling, seed, settings.iterations,
         )  # fmt: skip
-        scorer = models.load_scorer(reward)
-        shown = schemas.read_table(demonstrations, "demonstrations", "train").head(512)
+        scorer = heads.load_scorer(reward)
+        shown = tables.read_table(demonstrations, "demonstrations", "train").head(512)
         invariants.check_normalised(
             scorer,
             text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], models.context_of(model)),
@@ -66,10 +68,10 @@ def main(
         run.spent(parameters=models.size(model), models_held=held, **totals._asdict())  # TRPO: the old policy, too
         if launch.is_main():
             models.save(model, tokenizer, out)
-            schemas.write_table(watched.table(), "heldout", heldout)
+            tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             run.finish(run.rows[-1] | watched.final(), metrics, settings.iterations)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
+    seed: Annotated[int, typer.Option(help="Line that this is of: the seed of all that is random here.")],
     policy: Annotated[Path, typer.Option(help="Policy to sample from.")],
     sft: Annotated[Path, typer.Option(help="The reference policy.")],
     reward: Annotated[Path, typer.Option(help="Reward model.")],
@@ -22,21 +23,24 @@ def main(
     watched: Annotated[Path | None, typer.Option(help="Where what was measured of them goes.")] = None,
 ) -> None:
     """Write `samples` with log-probabilities under the policy and pi_ref, RM reward and gold; and `retention`."""
-    with tracking.stage(f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name) as run:
+    with frame.stage(f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name, seed=str(seed)) as run:
         import pandas as pd
 
-        from rlhf_vs_dpo import gold, models, schemas, text
-        from rlhf_vs_dpo.generation import decode, generate
-        from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.training import forgetting, forward, monitor
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language.generation import decode, generate
+        from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.language import forward
+        from rlhf_vs_dpo.training import forgetting, monitor
 
         settings, sampling = run.section("sample"), run.section("sampling")
-        rows = schemas.read_table(prompts, "prompts", "test").head(settings.prompts)
-        documents = schemas.read_table(corpus, "corpus", "validation")
-        questions = schemas.read_table(facts, "facts")
+        rows = tables.read_table(prompts, "prompts", "test").head(settings.prompts)
+        documents = tables.read_table(corpus, "corpus", "validation")
+        questions = tables.read_table(facts, "facts")
         model, tokenizer = models.load_policy(policy)
         reference, _ = models.load_policy(sft)
-        scorer, judge = models.load_scorer(reward), gold.load(world)
+        scorer, judge = heads.load_scorer(reward), gold.load(world)
 
         each = pd.concat([rows.assign(sample=number) for number in range(settings.per_prompt)], ignore_index=True)
         each = each.sort_values(["prompt_id", "sample"], ignore_index=True)
@@ -47,7 +51,7 @@ def main(
         for suffix in models.prompt_suffixes(model):  # the folder says how it is prompted; mostly by the prompt alone
             asked = text.encode_prompts(tokenizer, list(each["prompt"]), suffix)
             drawn = generate(
-                model, tokenizer, asked, streams, list(each["sample"]), sampling, run.seed,
+                model, tokenizer, asked, streams, list(each["sample"]), sampling, seed,
                 f"{policy.name} {suffix}".strip(),
             )  # fmt: skip
             # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.
@@ -66,11 +70,11 @@ def main(
         table = pd.concat(tables, ignore_index=True)
         kept = forgetting.retention(model, tokenizer, documents, questions)
         if heldout is not None:
-            scored = monitor.scored(schemas.read_table(heldout, "heldout"), scorer, pad)
-            schemas.write_table(scored, "watched", watched)
-        schemas.write_table(table, "samples", out)
-        schemas.write_table(kept, "retention", retention)
+            scored = monitor.scored(tables.read_table(heldout, "heldout"), scorer, pad)
+            tables.write_table(scored, "watched", watched)
+        tables.write_table(table, "samples", out)
+        tables.write_table(kept, "retention", retention)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

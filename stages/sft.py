@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import launch, tracking
+from rlhf_vs_dpo.run import frame, launch
 
 
 def main(
+    seed: Annotated[int, typer.Option(help="Line that this is of: the seed of all that is random here.")],
     base: Annotated[Path, typer.Option(help="Model to start from.")],
     demonstrations: Annotated[Path, typer.Option(help="Prompts with responses to imitate.")],
     out: Annotated[Path, typer.Option(help="Where the SFT policy goes.")],
@@ -18,20 +19,23 @@ def main(
 ) -> None:
     """Maximum likelihood of the demonstrations, on response tokens only."""
     launch.on_all_devices()
-    with tracking.stage("sft", [base, demonstrations], run_file, method="sft", family="sft", policy="sft") as run:
+    tags = {"family": "sft", "method": "sft", "seed": str(seed), "policy": f"sft-{seed}"}
+    with frame.stage(f"sft@{seed}", [base, demonstrations], run_file, **tags) as run:
         import torch
 
-        from rlhf_vs_dpo import models, schemas, text
-        from rlhf_vs_dpo.logprobs import Policy
-        from rlhf_vs_dpo.training import forward, supervised
+        from rlhf_vs_dpo import tables
+        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.language import forward
+        from rlhf_vs_dpo.training import supervised
 
         settings, sampling = run.section("sft"), run.section("sampling")
-        torch.manual_seed(run.seed)
+        torch.manual_seed(seed)
         model, tokenizer = models.load_policy(base)
         policy, pad, context = Policy(model, sampling.temperature), tokenizer.pad_token_id, models.context_of(model)
 
         def encoded(split: str):
-            frame = schemas.read_table(demonstrations, "demonstrations", split)
+            frame = tables.read_table(demonstrations, "demonstrations", split)
             return text.encode(tokenizer, frame["prompt"], frame["response"], frame["prompt_id"], context), list(
                 frame["prompt_id"]
             )
@@ -44,7 +48,7 @@ def main(
             return -sum(forward.log_likelihoods(policy, heldout, pad, "validation")) / tokens
 
         before = nll()
-        trained = supervised.likelihood(policy, examples, names, pad, settings.training, run.seed, run.log, "sft")
+        trained = supervised.likelihood(policy, examples, names, pad, settings.training, seed, run.log, "sft")
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             after = nll()
@@ -54,4 +58,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

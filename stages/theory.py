@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import atomic, frame, launch
 
 
 def main(
@@ -14,11 +14,13 @@ def main(
     figure: Annotated[Path, typer.Option(help="The same, drawn.")],
 ) -> None:
     """Needs no other stage: no data, no model."""
-    with tracking.stage("theory", [], family="theory") as run:
+    with frame.stage("theory", [], family="theory") as run:
+        import pandas as pd
+
         from rlhf_vs_dpo.theory import experiments, identities, problems, show
 
-        settings = run.section("theory")
-        tabular, transformer = problems.tabular(settings.tabular, run.seed), problems.transformer(run.seed + 3)
+        settings, seed = run.section("theory"), run.section("seed")
+        tabular, transformer = problems.tabular(settings.tabular, seed), problems.transformer(seed + 3)
         rows: list[dict] = []
 
         def log(problem: str, method: str, curve: list[tuple[int, float]]) -> None:
@@ -28,24 +30,24 @@ def main(
                 for step, value in curve
             )
 
-        reached = experiments.study(settings, [tabular, transformer], run.seed, log)
-        laws, bounds = identities.selection(settings, run.seed)
-        kl, biased = identities.kl_estimators(settings, run.seed)
+        reached = experiments.study(settings, [tabular, transformer], seed, log)
+        laws, bounds = identities.selection(settings, seed)
+        kl, biased = identities.kl_estimators(settings, seed)
         ipo, runaway = identities.two_outcomes()
-        equal = identities.gibbs(settings, run.seed) | identities.gradients(settings, run.seed) | kl | ipo | laws
+        equal = identities.gibbs(settings, seed) | identities.gradients(settings, seed) | kl | ipo | laws
         result = {
             **reached,
             "bounds": bounds,
             "identities": equal,
             "biased_kl_gradients": biased,
             "dpo_without_exception": runaway,
-            "ppo_ptx_with_gamma_0_is_ppo": identities.ptx_off(transformer, settings.episodes, run.seed),
+            "ppo_ptx_with_gamma_0_is_ppo": identities.ptx_off(transformer, settings.episodes, seed),
         }
-        tracking.write_curve(rows, curves)
+        atomic.write_csv(pd.DataFrame(rows), curves)
         show.draw(rows, figure)
         run.artifact(figure)
         run.finish(result, out)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    launch.command(main)

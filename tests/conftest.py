@@ -16,7 +16,7 @@ WORDS = ["the", "a", "dog", "cat", "sat", "ran", "on", "mat", "rug", "and", ",",
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from rlhf_vs_dpo.text import word_tokenizer
+    from rlhf_vs_dpo.language.text import word_tokenizer
 
     return word_tokenizer(WORDS)
 
@@ -24,7 +24,7 @@ def tokenizer():
 def small_model(tokenizer, seed: int = 0, scale: float = 3.0):
     """A one-layer Llama whose weights are large enough for its distribution to be far from uniform."""
     from rlhf_vs_dpo.config import Scratch
-    from rlhf_vs_dpo.models import from_scratch
+    from rlhf_vs_dpo.language.models import from_scratch
 
     torch.manual_seed(seed)
     model = from_scratch(
@@ -45,7 +45,7 @@ def model(tokenizer):
 @pytest.fixture
 def examples(tokenizer):
     """Twelve examples of very different lengths."""
-    from rlhf_vs_dpo.text import Tokens
+    from rlhf_vs_dpo.language.text import Tokens
 
     rng = random.Random(0)
     ids = range(4, len(tokenizer))

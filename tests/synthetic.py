@@ -8,7 +8,7 @@ import pandas as pd
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.evaluation import whole
-from rlhf_vs_dpo.gold import PARTS
+from rlhf_vs_dpo.preferences.gold import PARTS
 
 PARAMS = Path(__file__).parents[1] / "profiles" / "default.yaml"
 METHODS = {

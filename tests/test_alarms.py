@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_vs_dpo.alarms import ALARMS, listening
+from rlhf_vs_dpo.run.alarms import ALARMS, listening
 
 FINE = {
     "rollout/kl": 0.5,
@@ -67,7 +67,7 @@ def test_methods_without_a_value_network_are_heard_too():
 def test_a_warning_is_in_the_log_and_a_tag(capsys, tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
 
-    from rlhf_vs_dpo import tracking
+    from rlhf_vs_dpo.run import tracking
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))

@@ -56,7 +56,7 @@ def test_imports_go_one_way(path):
 
 
 def test_tracking_imports_mlflow_and_dvc_lazily():
-    code = "import sys; sys.path.insert(0, 'src'); import rlhf_vs_dpo.tracking; assert not {'mlflow', 'dvc', 'torch'} & sys.modules.keys()"
+    code = "import sys; sys.path.insert(0, 'src'); import rlhf_vs_dpo.run.tracking; assert not {'mlflow', 'dvc', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

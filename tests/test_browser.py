@@ -178,7 +178,7 @@ import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import synthetic
 from pathlib import Path
-from rlhf_vs_dpo import tracking
+from rlhf_vs_dpo.run import tracking
 from rlhf_vs_dpo.evaluation import tables
 inputs, found = synthetic.inputs(seeds=(0, 1)), synthetic.found(seeds=(0, 1))
 folders = sorted({entry["folder"] for entry in tables.for_tracking(found, inputs)} - {"best_of_4"})
@@ -217,7 +217,7 @@ def mlflow_ui(tmp_path_factory):
     port = free_port()
     store = f"sqlite:///{folder}/mlflow.db"
     told = subprocess.run(
-        [sys.executable, "-m", "rlhf_vs_dpo.tracking"], cwd=folder, capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "rlhf_vs_dpo.run.tracking"], cwd=folder, capture_output=True, text=True, check=True,
         env=os.environ | {"MLFLOW_TRACKING_URI": store, "DVC_ROOT": str(folder)},
     ).stdout.strip()  # fmt: skip
     server = subprocess.Popen(

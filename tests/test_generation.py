@@ -7,10 +7,10 @@ from conftest import small_model
 
 from rlhf_vs_dpo.config import Sampling
 from rlhf_vs_dpo.errors import DataError, ModelError
-from rlhf_vs_dpo.generation import generate, inverse_cdf, stream
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.text import encode_prompts
-from rlhf_vs_dpo.training.forward import log_likelihoods
+from rlhf_vs_dpo.language.generation import generate, inverse_cdf, stream
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import encode_prompts
+from rlhf_vs_dpo.language.forward import log_likelihoods
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=8)
 PROMPTS = ["the cat sat on the mat and the dog ran .", "a dog", "the rug , a cat and a dog sat", "the"]

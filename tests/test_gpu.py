@@ -8,7 +8,7 @@ from conftest import small_model
 from test_training import NoWatch, rl_settings, scorer, variant
 
 from rlhf_vs_dpo.config import Sampling
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.training import policy_gradient, preference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -8,14 +8,16 @@ import pytest
 import torch
 from conftest import small_model
 
-from rlhf_vs_dpo import config, labelling, models, text
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.language import models, text
+from rlhf_vs_dpo.preferences import labelling
 from rlhf_vs_dpo.config import Annotator, Monitor, Sampling
 from rlhf_vs_dpo.errors import DataError, ModelError
-from rlhf_vs_dpo.generation import generate, generate_together
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.text import Tokens, word_tokenizer
+from rlhf_vs_dpo.language.generation import generate, generate_together
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Tokens, word_tokenizer
 from rlhf_vs_dpo.training import imitation, monitor, supervised
-from rlhf_vs_dpo.training.forward import log_likelihoods, measure
+from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 
 PARAMS = config.Path(__file__).parents[1] / "profiles" / "default.yaml"
 
@@ -229,7 +231,7 @@ def test_equal_prompts_are_read_once_and_answered_apart(own_tokenizer):
 def test_a_pool_of_a_round_is_scored_by_the_reward_model(own_tokenizer):
     from test_training import scorer
 
-    from rlhf_vs_dpo.training.forward import scores
+    from rlhf_vs_dpo.language.forward import scores
 
     model, reward = small_model(own_tokenizer, scale=1.0), scorer(own_tokenizer)
     prompts = {"a": [own_tokenizer.bos_token_id, 4], "b": [own_tokenizer.bos_token_id, 5]}

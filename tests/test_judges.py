@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
 
-from rlhf_vs_dpo import config, judges
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.preferences import judges
 from rlhf_vs_dpo.errors import DataError, JudgeError, ModelError, ParamsError
 
 QUESTION = "Post: {prompt}\nSummary A: {first}\nSummary B: {second}\nWhich is better, A or B?"
@@ -198,9 +199,9 @@ def test_a_question_that_shows_nothing_is_refused():
 def test_a_reward_model_judges_by_its_scores(tokenizer, tmp_path):
     from test_training import scorer
 
-    from rlhf_vs_dpo import models
-    from rlhf_vs_dpo.text import Tokens
-    from rlhf_vs_dpo.training.forward import scores
+    from rlhf_vs_dpo.language import models
+    from rlhf_vs_dpo.language.text import Tokens
+    from rlhf_vs_dpo.language.forward import scores
 
     reward = scorer(tokenizer)
     words = [word for word in tokenizer.get_vocab() if word.isalpha()][:6]
@@ -230,7 +231,7 @@ def test_a_foreign_reward_model_reads_text(tokenizer, tmp_path):
     """One without this project's normalisation: plain sequence classification, batched without touching the scores."""
     from test_training import scorer
 
-    from rlhf_vs_dpo import models
+    from rlhf_vs_dpo.language import models
 
     reward = scorer(tokenizer).model
     del reward.config.reward_shift, reward.config.reward_scale
@@ -247,7 +248,7 @@ def test_a_foreign_reward_model_reads_text(tokenizer, tmp_path):
 def test_a_foreign_reward_model_refuses_what_it_would_have_to_cut(tokenizer, tmp_path):
     from test_training import scorer
 
-    from rlhf_vs_dpo import models
+    from rlhf_vs_dpo.language import models
 
     reward = scorer(tokenizer).model
     del reward.config.reward_shift, reward.config.reward_scale

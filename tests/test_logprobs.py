@@ -5,10 +5,10 @@ import torch
 from conftest import small_model
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.logprobs import Policy, before, check_projection
-from rlhf_vs_dpo.models import Scorer, last
-from rlhf_vs_dpo.text import Tokens, collate
-from rlhf_vs_dpo.training.forward import log_likelihoods
+from rlhf_vs_dpo.language.logprobs import Policy, before, check_projection
+from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.text import Tokens, collate
+from rlhf_vs_dpo.language.forward import log_likelihoods
 
 
 def brute_force(model, example: Tokens, temperature: float) -> float:

@@ -11,14 +11,14 @@ from conftest import small_model
 from test_training import NoWatch, rl_settings, run_ppo, scorer, variant, weights
 
 from rlhf_vs_dpo.config import Monitor, Sampling
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.losses.dpo import cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.text import Tokens, collate
+from rlhf_vs_dpo.language.text import Tokens, collate
 from rlhf_vs_dpo.training import attempts, forgetting, monitor, preference, rollouts, supervised
 from rlhf_vs_dpo.training import reward as reward_training
-from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
 
 SETTINGS = rl_settings(

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import ROOT, small_model
 
-from rlhf_vs_dpo import config, models
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.language import models
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.text import bpe_tokenizer
+from rlhf_vs_dpo.language.text import bpe_tokenizer
 
 
 def base(**changes):
@@ -73,14 +74,14 @@ def test_dropout_is_off_for_good():
 
 def test_a_reward_model_starts_from_the_policy_and_keeps_its_normalisation(folder, model, tmp_path):
     torch.manual_seed(0)
-    scorer, tokenizer = models.scorer_from_policy(folder)
+    scorer, tokenizer = heads.scorer_from_policy(folder)
     assert torch.equal(scorer.model.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert scorer.head.weight.shape == (1, 32)
-    heads = torch.cat([models.scorer_from_policy(folder)[0].head.weight for _ in range(40)])
+    heads = torch.cat([heads.scorer_from_policy(folder)[0].head.weight for _ in range(40)])
     assert heads.std().item() == pytest.approx(33**-0.5, rel=0.1)
     scorer.model.config.reward_shift = 1.5
     models.save(scorer.model, tokenizer, tmp_path / "reward")
-    assert models.load_scorer(tmp_path / "reward").model.config.reward_shift == 1.5
+    assert heads.load_scorer(tmp_path / "reward").model.config.reward_shift == 1.5
 
 
 def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
@@ -89,10 +90,10 @@ def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
     with pytest.raises(ModelError, match=r"give `base.revision` a commit hash"):
         models.pretrained(base(pretrained="someone/model"))
     with pytest.raises(ModelError, match="reward_shift"):
-        models.save(models.scorer_from_policy(folder)[0].model, models.load_policy(folder)[1], tmp_path / "raw")
+        models.save(heads.scorer_from_policy(folder)[0].model, models.load_policy(folder)[1], tmp_path / "raw")
         config_path = tmp_path / "raw" / "config.json"
         config_path.write_text(config_path.read_text().replace('"reward_shift": 0.0,', ""))
-        models.load_scorer(tmp_path / "raw")
+        heads.load_scorer(tmp_path / "raw")
     (tmp_path / "two").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "two" / name).touch()

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
 
-from rlhf_vs_dpo import config, schemas
+from rlhf_vs_dpo import config, tables
 from rlhf_vs_dpo.evaluation.measure import METRICS
 
 pytestmark = pytest.mark.pipeline
@@ -60,7 +60,7 @@ def copy_project(to: Path, profile: str) -> Path:
                 shutil.copy2(ROOT / name, to / name)
     shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
     run(to, "dvc", "config", "--local", "core.no_scm", "true")
-    run(to, sys.executable, "-m", "rlhf_vs_dpo.profiles", profile)
+    run(to, sys.executable, "-m", "rlhf_vs_dpo.run.profiles", profile)
     return to
 
 
@@ -147,7 +147,7 @@ def test_best_of_n_over_n_and_the_bounds(smoke):
     for name, entry in bounds.items():
         assert entry["slack"] == pytest.approx(entry["bound"] - entry["mean"], abs=1e-5), name
         assert entry["holds"] == (entry["low"] <= entry["bound"])
-    pool = schemas.read_table(folder / "data" / "pool.parquet", "pool")
+    pool = tables.read_table(folder / "data" / "pool.parquet", "pool")
     assert pool.groupby("split").size().to_dict() == {
         "test": 2 * 16 + 6 * 4, "train": 16 * 4, "validation": 2 * 4,
     }  # fmt: skip
@@ -163,10 +163,10 @@ def test_the_policy_folder_says_how_it_is_prompted(smoke):
     assert AutoConfig.from_pretrained(place).prompt_suffixes == ["[GOOD]", "[BAD]"]
     tokens = AutoTokenizer.from_pretrained(place).convert_tokens_to_ids(["[GOOD]", "[BAD]"])
     assert GenerationConfig.from_pretrained(place).suppress_tokens == tokens
-    samples = schemas.read_table(folder / "samples" / "control_tokens-0.parquet", "samples")
+    samples = tables.read_table(folder / "samples" / "control_tokens-0.parquet", "samples")
     assert samples.groupby("suffix").size().to_dict() == {"[BAD]": 16, "[GOOD]": 16}
     assert not samples["response"].str.contains("GOOD|BAD", regex=True).any()
-    others = schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")
+    others = tables.read_table(folder / "samples" / "dpo-0.parquet", "samples")
     assert set(others["suffix"]) == {""}
 
 
@@ -193,25 +193,25 @@ def test_online_rounds_sample_new_pairs(smoke):
     assert online["tokens_generated"] > 0 == offline["tokens_generated"]
     curve = pd.read_csv(folder / "curves" / "dpo_online-0.csv")
     assert curve["step"].is_monotonic_increasing and curve["step"].is_unique
-    heldout = schemas.read_table(folder / "heldout" / "dpo_online-0.parquet", "heldout")
+    heldout = tables.read_table(folder / "heldout" / "dpo_online-0.parquet", "heldout")
     assert heldout.groupby("step").size().nunique() == 1
 
 
 def test_no_prompt_of_test_reached_training(smoke):
     folder, _ = smoke
-    prompts = schemas.read_table(folder / "data" / "prompts.parquet", "prompts")
+    prompts = tables.read_table(folder / "data" / "prompts.parquet", "prompts")
     test = set(prompts.loc[prompts["split"] == "test", "prompt_id"])
-    pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
+    pairs = tables.read_table(folder / "data" / "pairs.parquet", "pairs")
     assert test and not test & set(pairs["prompt_id"])
-    demonstrations = schemas.read_table(folder / "data" / "demonstrations.parquet", "demonstrations")
+    demonstrations = tables.read_table(folder / "data" / "demonstrations.parquet", "demonstrations")
     assert not test & set(demonstrations.loc[demonstrations["split"] != "test", "prompt_id"])
-    pool = schemas.read_table(folder / "data" / "pool.parquet", "pool")
+    pool = tables.read_table(folder / "data" / "pool.parquet", "pool")
     assert not test & set(pool.loc[pool["split"] == "train", "prompt_id"])
     for path in (folder / "heldout").glob("*-pairs.parquet"):
-        assert not test & set(schemas.read_table(path, "pair_rewards")["prompt_id"])
+        assert not test & set(tables.read_table(path, "pair_rewards")["prompt_id"])
     for path in set((folder / "heldout").glob("*.parquet")) - set((folder / "heldout").glob("*-pairs.parquet")):
-        assert not test & set(schemas.read_table(path, "heldout")["prompt_id"])
-    assert set(schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")["prompt_id"]) <= test
+        assert not test & set(tables.read_table(path, "heldout")["prompt_id"])
+    assert set(tables.read_table(folder / "samples" / "dpo-0.parquet", "samples")["prompt_id"]) <= test
 
 
 def test_training_stages_read_nothing_of_test(smoke):
@@ -240,21 +240,22 @@ def test_training_stages_read_nothing_of_test(smoke):
 
 def test_samples_carry_their_own_log_probabilities(smoke):
     """log pi under the policy and log ref under SFT, recomputed from the text, and the gold reward of the text."""
-    from rlhf_vs_dpo import gold, models, text
-    from rlhf_vs_dpo.logprobs import Policy
-    from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+    from rlhf_vs_dpo.language import models, text
+    from rlhf_vs_dpo.preferences import gold
+    from rlhf_vs_dpo.language.logprobs import Policy
+    from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 
     folder, _ = smoke
-    samples = schemas.read_table(folder / "samples" / "dpo-0.parquet", "samples")
+    samples = tables.read_table(folder / "samples" / "dpo-0.parquet", "samples")
     samples = samples[samples["finished"] & samples["response"].str.strip().ne("")].reset_index(drop=True)
-    prompts = schemas.read_table(folder / "data" / "prompts.parquet", "prompts").set_index("prompt_id")
+    prompts = tables.read_table(folder / "data" / "prompts.parquet", "prompts").set_index("prompt_id")
     asked = prompts.loc[samples["prompt_id"]].reset_index()
     assert len(samples) > 3
     for column, name in (("logp", "dpo-0"), ("reference_logp", "sft")):
         model, tokenizer = models.load_policy(folder / "models" / name)
         tokens = text.encode(tokenizer, asked["prompt"], samples["response"], samples["prompt_id"], 256)
         assert log_likelihoods(Policy(model, 1.0), tokens, 3) == pytest.approx(samples[column].tolist(), abs=1e-3)
-    assert scores(models.load_scorer(folder / "models" / "reward"), tokens, 3) == pytest.approx(
+    assert scores(heads.load_scorer(folder / "models" / "reward"), tokens, 3) == pytest.approx(
         samples["reward"].tolist(), abs=1e-3
     )
     judged = gold.columns(gold.load(folder / "data" / "world"), asked["prompt"], asked["facts"], samples["response"])
@@ -313,15 +314,15 @@ def test_models_are_plain_folders(smoke):
 
 def test_demonstrations_score_zero_on_average(smoke):
     """The normalisation that the reward stage stored is applied when the model is loaded."""
-    from rlhf_vs_dpo import models, text
-    from rlhf_vs_dpo.training.forward import scores
+    from rlhf_vs_dpo.language import models, text
+    from rlhf_vs_dpo.language.forward import scores
 
     folder, _ = smoke
     scorer, (_, tokenizer) = (
-        models.load_scorer(folder / "models" / "reward"),
+        heads.load_scorer(folder / "models" / "reward"),
         models.load_policy(folder / "models" / "sft"),
     )
-    rows = schemas.read_table(folder / "data" / "demonstrations.parquet", "demonstrations", "train")
+    rows = tables.read_table(folder / "data" / "demonstrations.parquet", "demonstrations", "train")
     examples = text.encode(tokenizer, rows["prompt"], rows["response"], rows["prompt_id"], 256)
     assert abs(sum(scores(scorer, examples, tokenizer.pad_token_id)) / len(examples)) < 1e-5
 
@@ -400,7 +401,7 @@ def test_policies_are_registered_once_and_the_best_on_validation_is_named(smoke)
     experiment = client.get_experiment_by_name("rlhf-vs-dpo")
     view = json.loads(experiment.tags["mlflow.sharedViewState.comparison"])
     assert "metrics.`evaluation/gold`" in view["selectedColumns"] and view["orderByKey"] == "metrics.`evaluation/gold`"
-    told = run(folder, sys.executable, "-m", "rlhf_vs_dpo.tracking")
+    told = run(folder, sys.executable, "-m", "rlhf_vs_dpo.run.tracking")
     assert told.strip().endswith(f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=comparison")
 
 
@@ -683,7 +684,7 @@ def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
     folder = own_project(tmp_path / "project", form)
     change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
     run(folder, "dvc", "repro", "preferences")
-    pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
+    pairs = tables.read_table(folder / "data" / "pairs.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
     assert pairs["prompt"].str.contains("What comes after").all() and len(pairs) > 30
 
@@ -702,7 +703,7 @@ def test_own_preferences_go_through_the_whole_graph(tmp_path):
     assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
-    pairs = schemas.read_table(folder / "data" / "pairs.parquet", "pairs")
+    pairs = tables.read_table(folder / "data" / "pairs.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all()
 
 

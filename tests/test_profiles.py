@@ -7,7 +7,8 @@ import typer
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from rlhf_vs_dpo import config, profiles
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.run import profiles
 
 app = typer.Typer()
 app.command()(profiles.main)

@@ -11,7 +11,8 @@ from conftest import ROOT
 from test_pipeline import copy_project, run
 from test_text import TRICKY
 
-from rlhf_vs_dpo import config, models, text
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.language import models, text
 from rlhf_vs_dpo.config import Base
 from rlhf_vs_dpo.errors import DataError
 
@@ -60,9 +61,9 @@ def test_log_probabilities_and_generation_of_a_real_model(smollm2):
     import torch
 
     from rlhf_vs_dpo.config import Sampling
-    from rlhf_vs_dpo.generation import decode, generate
-    from rlhf_vs_dpo.logprobs import Policy, check_projection
-    from rlhf_vs_dpo.training.forward import log_likelihoods
+    from rlhf_vs_dpo.language.generation import decode, generate
+    from rlhf_vs_dpo.language.logprobs import Policy, check_projection
+    from rlhf_vs_dpo.language.forward import log_likelihoods
 
     model, tokenizer = smollm2
     policy = Policy(model, 1.0)
@@ -111,7 +112,7 @@ def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):
     import sys
     import time
 
-    from rlhf_vs_dpo import judges
+    from rlhf_vs_dpo.preferences import judges
     from rlhf_vs_dpo.config import LanguageModelJudge
     from rlhf_vs_dpo.errors import JudgeError
 

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import synthetic
 
-from rlhf_vs_dpo import config, gold
+from rlhf_vs_dpo import config
+from rlhf_vs_dpo.preferences import gold
 from rlhf_vs_dpo.report import content, figures, markdown, page, words
 from rlhf_vs_dpo.report.marks import marked
 from rlhf_vs_dpo.sources import mini_tldr

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from rlhf_vs_dpo import schemas
+from rlhf_vs_dpo import tables
 from rlhf_vs_dpo.errors import DataError
 
 
@@ -27,10 +27,10 @@ def pairs(**changes):
 
 def test_round_trip_and_stable_bytes(tmp_path):
     for name in ("a", "b"):
-        schemas.write_table(pairs(), "pairs", tmp_path / f"{name}.parquet")
+        tables.write_table(pairs(), "pairs", tmp_path / f"{name}.parquet")
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    assert schemas.read_table(tmp_path / "a.parquet", "pairs").equals(pairs())
-    assert len(schemas.read_table(tmp_path / "a.parquet", "pairs", "validation")) == 1
+    assert tables.read_table(tmp_path / "a.parquet", "pairs").equals(pairs())
+    assert len(tables.read_table(tmp_path / "a.parquet", "pairs", "validation")) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,35 +49,35 @@ def test_round_trip_and_stable_bytes(tmp_path):
 )
 def test_faults_are_named_and_nothing_is_written(changes, message, tmp_path):
     with pytest.raises(DataError) as error:
-        schemas.write_table(pairs(**changes), "pairs", tmp_path / "pairs.parquet")
+        tables.write_table(pairs(**changes), "pairs", tmp_path / "pairs.parquet")
     assert message in str(error.value) and "pairs.parquet" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_column_is_named(tmp_path):
     with pytest.raises(DataError, match="column 'rejected' is missing"):
-        schemas.write_table(pairs().drop(columns="rejected"), "pairs", tmp_path / "pairs.parquet")
+        tables.write_table(pairs().drop(columns="rejected"), "pairs", tmp_path / "pairs.parquet")
 
 
 def test_all_faults_at_once():
     with pytest.raises(DataError) as error:
-        schemas.validate(pairs(prompt=["", "two", "three"], pair_id=["a", "a", "c"]), "pairs", "file.parquet")
+        tables.validate(pairs(prompt=["", "two", "three"], pair_id=["a", "a", "c"]), "pairs", "file.parquet")
     assert "row 0, prompt" in str(error.value) and "row 1, pair_id" in str(error.value)
 
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        schemas.read_table(tmp_path / "none.parquet", "pairs")
+        tables.read_table(tmp_path / "none.parquet", "pairs")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match="not a readable parquet file"):
-        schemas.read_table(tmp_path / "broken.parquet", "pairs")
-    schemas.write_table(pairs().iloc[:2], "pairs", tmp_path / "pairs.parquet")
+        tables.read_table(tmp_path / "broken.parquet", "pairs")
+    tables.write_table(pairs().iloc[:2], "pairs", tmp_path / "pairs.parquet")
     with pytest.raises(DataError, match="no row has split 'validation'"):
-        schemas.read_table(tmp_path / "pairs.parquet", "pairs", "validation")
+        tables.read_table(tmp_path / "pairs.parquet", "pairs", "validation")
 
 
 def test_empty_tables_have_their_columns(tmp_path):
-    schemas.write_table(pd.DataFrame(), "dataset_pairs", tmp_path / "p.parquet")
-    assert list(schemas.read_table(tmp_path / "p.parquet", "dataset_pairs").columns) == list(pairs().columns)
+    tables.write_table(pd.DataFrame(), "dataset_pairs", tmp_path / "p.parquet")
+    assert list(tables.read_table(tmp_path / "p.parquet", "dataset_pairs").columns) == list(pairs().columns)
     with pytest.raises(DataError, match="the table is empty"):
-        schemas.read_table(tmp_path / "p.parquet", "pairs")
+        tables.read_table(tmp_path / "p.parquet", "pairs")

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_vs_dpo.config import Files, Hub, Imdb, Splits
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.gold import SentimentGold
+from rlhf_vs_dpo.preferences.gold import SentimentGold
 from rlhf_vs_dpo.sources import files, forms, hub, imdb
 
 SPLITS = Splits(validation=0.2, test=0.2, limit=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.text import (
+from rlhf_vs_dpo.language.text import (
     Tokens,
     batches,
     bpe_tokenizer,

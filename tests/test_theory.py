@@ -6,10 +6,10 @@ import torch
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Tabular, Theory
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.text import Tokens
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Tokens
 from rlhf_vs_dpo.theory import experiments, identities, laws, problems, show
-from rlhf_vs_dpo.training.forward import scores
+from rlhf_vs_dpo.language.forward import scores
 
 SETTINGS = Theory(
     tabular=Tabular(prompts=2, outcomes=5),
@@ -45,7 +45,7 @@ def test_every_response_is_known_and_rewards_are_read_at_eos(tabular, transforme
 
 
 def test_a_sampled_response_of_the_table_is_an_outcome_and_eos(tabular):
-    from rlhf_vs_dpo.generation import generate
+    from rlhf_vs_dpo.language.generation import generate
 
     names = [f"n{i}" for i in range(4000)]
     drawn = generate(

@@ -13,12 +13,12 @@ from torch import nn
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Rl, Sampling, Training
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.models import Scorer
-from rlhf_vs_dpo.text import Tokens
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.text import Tokens
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
-from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.training.optimise import scheduled
 
 TRAINING = Training(

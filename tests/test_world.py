@@ -6,10 +6,11 @@ import random
 import numpy as np
 import pytest
 
-from rlhf_vs_dpo import annotator, gold, schemas
+from rlhf_vs_dpo import tables
+from rlhf_vs_dpo.preferences import annotator, gold
 from rlhf_vs_dpo.config import Annotator, Flaws, MiniTldr
 from rlhf_vs_dpo.sources import mini_tldr
-from rlhf_vs_dpo.text import word_tokenizer
+from rlhf_vs_dpo.language.text import word_tokenizer
 
 FLAWS = Flaws(omit=0.25, invent=0.1, distract=0.2, filler=0.2, repeat=0.1, state_time=0.5)
 PERFECT = Flaws(omit=0, invent=0, distract=0, filler=0, repeat=0, state_time=1)
@@ -40,7 +41,7 @@ def test_same_seed_same_tables(tables):
 
 def test_tables_keep_their_contracts(tables):
     for name in ("corpus", "demonstrations", "prompts", "facts"):
-        schemas.validate(getattr(tables, name), name, name)
+        tables.validate(getattr(tables, name), name, name)
 
 
 def test_no_text_is_in_two_splits(tables):

@@ -13,7 +13,7 @@ import pandas as pd
 from rlhf_vs_dpo.evaluation import length
 from rlhf_vs_dpo.evaluation.diversity import distinct, self_similarity
 from rlhf_vs_dpo.evaluation.statistics import NOTHING, Estimate, Resamples, same, win_share
-from rlhf_vs_dpo.gold import PARTS
+from rlhf_vs_dpo.preferences.gold import PARTS
 
 # What is measured, in the order of the tables; null where the source, or the policy, cannot tell.
 METRICS = (

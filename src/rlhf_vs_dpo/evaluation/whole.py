@@ -11,7 +11,7 @@ from rlhf_vs_dpo.evaluation import comparisons, cost, measure, overoptimisation,
 from rlhf_vs_dpo.evaluation.best_of_n import as_samples
 from rlhf_vs_dpo.evaluation.bounds import of_best_of_n, of_imitation
 from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, difference, holm, win_share
-from rlhf_vs_dpo.progress import bar
+from rlhf_vs_dpo.run.progress import bar
 
 LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhf_vs_dpo.gold import Gold
+from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.report import words
 from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, Table, Text
 from rlhf_vs_dpo.report.figures import NAMES, Figure

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from rlhf_vs_dpo.gold import PARTS, Gold
+from rlhf_vs_dpo.preferences.gold import PARTS, Gold
 
 SEPARATOR = " , "  # between clauses of the built-in world
 

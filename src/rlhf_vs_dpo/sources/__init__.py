@@ -8,7 +8,7 @@ import pandas as pd
 
 @dataclass
 class Tables:
-    """What a source delivers to the `data` stage (columns: `schemas.py`).
+    """What a source delivers to the `data` stage (columns: `tables.py`).
 
     `words` is the closed vocabulary where the source has one (a word is then a token), else empty.
     `gold` describes the gold reward in the form that `gold.load` reads; `{"kind": "none"}` where there is none.

@@ -16,7 +16,7 @@ import pandas as pd
 
 from rlhf_vs_dpo.config import Splits
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.schemas import empty, validate
+from rlhf_vs_dpo.tables import empty, validate
 
 Render = Callable[[Sequence[dict[str, str]], bool], str]  # (messages, add the opening of an answer) -> text
 

@@ -13,13 +13,13 @@ import torch
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Rl, Theory
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.text import Tokens
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Tokens
 from rlhf_vs_dpo.theory import laws
 from rlhf_vs_dpo.theory.problems import CONTROLS, Problem
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
-from rlhf_vs_dpo.training.forward import scores
+from rlhf_vs_dpo.language.forward import scores
 from rlhf_vs_dpo.training.imitation import from_pairs
 
 POINTS = 40  # of a curve

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_vs_dpo.config import Theory
 from rlhf_vs_dpo.evaluation.best_of_n import kl_bound, log_ratio, order_weights, win_rate_bound
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.losses.dpo import dpo
 from rlhf_vs_dpo.losses.gae import token_rewards
 from rlhf_vs_dpo.losses.ipo import ipo
@@ -234,7 +234,7 @@ def two_outcomes(tau: float = 0.5, beta: float = 0.5) -> tuple[Identities, dict[
 
 def ptx_off(problem: Problem, episodes: int, seed: int) -> bool:
     """PPO-ptx with gamma = 0 gives the weights of PPO, bit for bit; with gamma > 0 it does not."""
-    from rlhf_vs_dpo.text import Tokens
+    from rlhf_vs_dpo.language.text import Tokens
 
     corpus = [Tokens(problem.prompts[0], response) for response in problem.responses[:8]]
     weights = []

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Sampling, Scratch
 from rlhf_vs_dpo.config import Tabular as Size
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.models import Scorer, device, from_scratch
-from rlhf_vs_dpo.text import Tokens, word_tokenizer
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.models import device, from_scratch
+from rlhf_vs_dpo.language.text import Tokens, word_tokenizer
 from rlhf_vs_dpo.theory import laws
-from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 
 NEVER = -1e4  # logit of what cannot be said: its probability is exactly 0 in float32
 CONTROLS = ("[GOOD]", "[BAD]")

@@ -23,12 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_vs_dpo.config import Rl
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.losses.ppo import policy_loss, value_loss
 from rlhf_vs_dpo.losses.reinforce import policy_gradient_loss
 from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.losses.trpo import conjugate_gradient, kl_divergence, surrogate
-from rlhf_vs_dpo.text import Batch, Tokens, collate, micro_batches
+from rlhf_vs_dpo.language.text import Batch, Tokens, collate, micro_batches
 from rlhf_vs_dpo.training.optimise import Averages, Optimiser, check_finite
 from rlhf_vs_dpo.training.rollouts import (
     Episodes,

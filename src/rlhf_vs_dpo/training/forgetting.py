@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.models import context_of
-from rlhf_vs_dpo.text import Batch, Tokens, documents, encode_prompts
-from rlhf_vs_dpo.training.forward import log_likelihoods, measure
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import context_of
+from rlhf_vs_dpo.language.text import Batch, Tokens, documents, encode_prompts
+from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 
 
 def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:

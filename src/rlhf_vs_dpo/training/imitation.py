@@ -22,10 +22,10 @@ from torch import nn
 
 from rlhf_vs_dpo.config import Imitation, Sampling
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.generation import from_main, generate_together
-from rlhf_vs_dpo.models import Scorer
-from rlhf_vs_dpo.text import Tokens, encode, encode_prompts
-from rlhf_vs_dpo.training.forward import scores, tokens_read
+from rlhf_vs_dpo.language.generation import from_main, generate_together
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.text import Tokens, encode, encode_prompts
+from rlhf_vs_dpo.language.forward import scores, tokens_read
 
 NEEDS = {"chosen_sft": "pairs", "control_tokens": "pairs", "rm_filtered": "pool", "best_of_n": "pool"}
 GOOD, BAD = "[GOOD]", "[BAD]"

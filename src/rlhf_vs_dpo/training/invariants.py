@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.models import Scorer
-from rlhf_vs_dpo.text import Tokens
-from rlhf_vs_dpo.training.forward import scores
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.text import Tokens
+from rlhf_vs_dpo.language.forward import scores
 
 
 def hold(name: str, value: float, expected: float, tolerance: float, causes: str) -> None:

@@ -11,13 +11,14 @@ import pandas as pd
 from torch import nn
 
 from rlhf_vs_dpo.config import Monitor, Sampling
-from rlhf_vs_dpo.generation import decode, generate
-from rlhf_vs_dpo.gold import Gold
-from rlhf_vs_dpo.gold import columns as gold_columns
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.models import Scorer, prompt_suffixes
-from rlhf_vs_dpo.text import Tokens, encode_prompts
-from rlhf_vs_dpo.training.forward import log_likelihoods, scores
+from rlhf_vs_dpo.language.generation import decode, generate
+from rlhf_vs_dpo.preferences.gold import Gold
+from rlhf_vs_dpo.preferences.gold import columns as gold_columns
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.models import prompt_suffixes
+from rlhf_vs_dpo.language.text import Tokens, encode_prompts
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 
 
 class HeldOut:

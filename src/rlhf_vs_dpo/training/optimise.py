@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.text import micro_batches
+from rlhf_vs_dpo.language.text import micro_batches
 
 Log = Callable[[dict[str, float], int], None]
 

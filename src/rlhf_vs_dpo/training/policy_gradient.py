@@ -14,11 +14,12 @@ import torch
 
 from rlhf_vs_dpo.config import Rl, Sampling
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
-from rlhf_vs_dpo.models import Scorer, autocast, context_of, freeze, last, token_budget
-from rlhf_vs_dpo.progress import bar
-from rlhf_vs_dpo.text import Tokens, check_context, collate
+from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.models import autocast, context_of, freeze, token_budget
+from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.language.text import Tokens, check_context, collate
 from rlhf_vs_dpo.training.attempts import ATTEMPTS, Learner, check_policy
 from rlhf_vs_dpo.training.invariants import hold
 from rlhf_vs_dpo.training.monitor import HeldOut

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Preference
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.logprobs import Policy, TokenLogprobs
+from rlhf_vs_dpo.language.logprobs import Policy, TokenLogprobs
 from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.text import Batch, Tokens, check_distinct, collate
-from rlhf_vs_dpo.training.forward import log_likelihoods, measure
+from rlhf_vs_dpo.language.text import Batch, Tokens, check_distinct, collate
+from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 from rlhf_vs_dpo.training.invariants import hold
 from rlhf_vs_dpo.training.monitor import HeldOut
 from rlhf_vs_dpo.training.optimise import Log

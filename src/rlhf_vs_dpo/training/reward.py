@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Training
 from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
-from rlhf_vs_dpo.models import Scorer, last
-from rlhf_vs_dpo.text import Tokens, check_distinct, collate
+from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.text import Tokens, check_distinct, collate
 from rlhf_vs_dpo.training.optimise import Log
 from rlhf_vs_dpo.training.supervised import fit
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf_vs_dpo.config import Rl, Sampling, WithCritic
-from rlhf_vs_dpo.generation import generate
-from rlhf_vs_dpo.logprobs import Policy, before
+from rlhf_vs_dpo.language.generation import generate
+from rlhf_vs_dpo.language.logprobs import Policy, before
 from rlhf_vs_dpo.losses.gae import gae, token_rewards, whiten
 from rlhf_vs_dpo.losses.reinforce import leave_one_out
-from rlhf_vs_dpo.models import Scorer, autocast, last
-from rlhf_vs_dpo.text import Batch, Tokens, collate, micro_batches
+from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.models import autocast
+from rlhf_vs_dpo.language.text import Batch, Tokens, collate, micro_batches
 
 
 class Episodes(NamedTuple):

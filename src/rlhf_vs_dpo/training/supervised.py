@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Passes, Training
-from rlhf_vs_dpo.logprobs import Policy
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.losses.sft import nll
-from rlhf_vs_dpo.models import token_budget
-from rlhf_vs_dpo.progress import bar
-from rlhf_vs_dpo.text import Tokens, batches, collate
+from rlhf_vs_dpo.language.models import token_budget
+from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.language.text import Tokens, batches, collate
 from rlhf_vs_dpo.training.optimise import Averages, Log, Optimiser, accelerator, check_finite
 
 POINTS = 200  # of a training curve

@@ -1,4 +1,4 @@
-"""The same stage command on a laptop, one GPU or several: a stage that can use more processes starts them itself.
+"""How a stage starts: with fixed arithmetic, tied to who started it, on one device or several.
 
 Hardware is no dependency of a stage, so it is not in dvc.yaml: with several visible GPUs a training stage replaces itself
 by `torchrun` of itself, whose environment Accelerate reads. RLHF_PROCESSES sets the number of processes (2 on a CPU works,
@@ -7,7 +7,36 @@ for testing); RLHF_LAUNCH replaces the launcher, for several nodes ("accelerate 
 
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Callable
+
+from rlhf_vs_dpo.run import arithmetic
+
+
+def command(main: Callable[..., None]) -> None:
+    """Run the Typer command of a stage."""
+    import typer
+
+    arithmetic.fix()
+    end_with_parent()
+    typer.run(main)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, even by kill -9 (Linux; elsewhere nothing is done).
+
+    A stage whose DVC is gone would go on for minutes, and write over what the next one makes.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended in between
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_main() -> bool:
@@ -22,9 +51,11 @@ def on_all_devices() -> None:
     if launcher := os.environ.get("RLHF_LAUNCH"):
         command = shlex.split(launcher)
     else:
-        import torch
+        processes = int(os.environ.get("RLHF_PROCESSES", 0))
+        if not processes:
+            import torch
 
-        processes = int(os.environ.get("RLHF_PROCESSES", max(torch.cuda.device_count(), 1)))
+            processes = max(torch.cuda.device_count(), 1)
         if processes < 2:
             return
         command = [

@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo import gold
+from rlhf_vs_dpo.preferences import gold
 from rlhf_vs_dpo.config import GoldJudge, LanguageModelJudge, RewardModelJudge
 from rlhf_vs_dpo.errors import DataError, JudgeError, ModelError
-from rlhf_vs_dpo.progress import bar
+from rlhf_vs_dpo.run.progress import bar
 
 VERDICTS = ("win", "consistent", "first")
 
@@ -38,17 +38,20 @@ class Judge(Protocol):
         ...
 
 
-def load(settings: GoldJudge | RewardModelJudge | LanguageModelJudge, world: Path, cache: Path) -> Judge | None:
+def load(
+    settings: GoldJudge | RewardModelJudge | LanguageModelJudge, world: Path, cache: Path, seed: int
+) -> Judge | None:
     """The judge that an entry of `judging.judges` describes; None for the gold reward of a source that has none.
 
-    `cache` is the file in which a language model's answers are kept.
+    `cache` is the file in which a language model's answers are kept; `seed` names the line that is judged, which has a
+    reward model of its own (`models/reward-{seed}`).
     """
     match settings:
         case GoldJudge():
             judge = gold.load(world)
             return None if judge is None else ByGold(judge)
         case RewardModelJudge():
-            return ByRewardModel(settings)
+            return ByRewardModel(settings.model_copy(update={"model": settings.model.replace("{seed}", str(seed))}))
         case LanguageModelJudge():
             return ByLanguageModel(settings, cache)
 
@@ -80,7 +83,8 @@ class ByRewardModel:
     def __init__(self, settings: RewardModelJudge):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from rlhf_vs_dpo.models import device, load_scorer, quiet
+        from rlhf_vs_dpo.language.heads import load_scorer
+        from rlhf_vs_dpo.language.models import device, quiet
 
         self.own, self.name = None, settings.model
         where = {"revision": settings.revision} if settings.revision else {}
@@ -110,8 +114,8 @@ class ByRewardModel:
         import torch
 
         if self.own is not None:
-            from rlhf_vs_dpo.text import Tokens, encode_prompts
-            from rlhf_vs_dpo.training import forward
+            from rlhf_vs_dpo.language.text import Tokens, encode_prompts
+            from rlhf_vs_dpo.language import forward
 
             ids = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
             examples = [

@@ -4,7 +4,6 @@ Tables are parquet: the same rows give the same bytes, which is what lets DVC st
 contract is refused whole, with all bad rows named at once (file, row, column, reason), before anything is written.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pandas as pd
 import pandera.pandas as pa
 
 from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.run.atomic import writing
 
 SPLITS = ("train", "validation", "test")
 
@@ -208,13 +208,8 @@ def write_table(frame: pd.DataFrame, contract: str, path: Path) -> None:
     if contract == "dataset_pairs":
         contract, frame = "pairs", frame if len(frame) else empty("pairs")
     validate(frame, contract, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path) as temporary:
         frame.to_parquet(temporary, index=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_stream(frames: Iterable[pd.DataFrame], contract: str, path: Path) -> None:
@@ -222,24 +217,19 @@ def write_stream(frames: Iterable[pd.DataFrame], contract: str, path: Path) -> N
     import pyarrow
     import pyarrow.parquet
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = None
-    try:
-        for frame in frames:
-            part = pyarrow.Table.from_pandas(validate(frame, contract, str(path)), preserve_index=False)
-            if writer is None:
-                writer = pyarrow.parquet.ParquetWriter(temporary, part.schema)
-            writer.write_table(part.cast(writer.schema))
+    with writing(path) as temporary:
+        writer = None
+        try:
+            for frame in frames:
+                part = pyarrow.Table.from_pandas(validate(frame, contract, str(path)), preserve_index=False)
+                if writer is None:
+                    writer = pyarrow.parquet.ParquetWriter(temporary, part.schema)
+                writer.write_table(part.cast(writer.schema))
+        finally:
+            if writer is not None:
+                writer.close()
         if writer is None:
             raise DataError(f"{path}: nothing to write")
-        writer.close()
-        temporary.replace(path)
-    finally:
-        if writer is not None:
-            writer.close()
-        temporary.unlink(missing_ok=True)
 
 
 def read_table(path: Path, contract: str, split: str | None = None) -> pd.DataFrame:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Sampling
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.logprobs import suppress
-from rlhf_vs_dpo.models import autocast, context_of
-from rlhf_vs_dpo.progress import bar
-from rlhf_vs_dpo.text import Tokens, check_context
+from rlhf_vs_dpo.language.logprobs import suppress
+from rlhf_vs_dpo.language.models import autocast, context_of
+from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.language.text import Tokens, check_context
 
 ROWS = 256  # responses generated together
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo import answers
+from rlhf_vs_dpo.preferences import answers
 from rlhf_vs_dpo.evaluation.measure import flat
 from rlhf_vs_dpo.evaluation.whole import Inputs
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.logprobs import Policy
-from rlhf_vs_dpo.models import Scorer, autocast, last, token_budget
-from rlhf_vs_dpo.progress import bar
-from rlhf_vs_dpo.text import Tokens, collate, micro_batches
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.models import autocast, token_budget
+from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.language.text import Tokens, collate, micro_batches
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.text import Batch, positions
+from rlhf_vs_dpo.language.text import Batch, positions
 
 
 class TokenLogprobs(NamedTuple):

@@ -1,17 +1,15 @@
-"""Load, add a scalar head, freeze, save byte-stably. Model folders are plain Hugging Face folders, safetensors only."""
+"""Load, freeze, save byte-stably. Model folders are plain Hugging Face folders, safetensors only."""
 
-import math
 import os
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_vs_dpo.config import Base, Scratch
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.text import Batch, positions
+from rlhf_vs_dpo.run import atomic
 
 
 def device() -> torch.device:
@@ -88,7 +86,7 @@ def pretrained(settings: Base):
     A PAD that is missing or equals EOS is replaced by a token of its own, or the policy would never learn to stop.
     """
     name = settings.pretrained
-    model, tokenizer = _load(name, "AutoModelForCausalLM", _origin(name, settings.revision))
+    model, tokenizer = load(name, "AutoModelForCausalLM", _origin(name, settings.revision))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no EOS token, so that no response could end")
     tokenizer.clean_up_tokenization_spaces = False
@@ -135,15 +133,15 @@ def _origin(name: str, revision: str | None) -> dict[str, str]:
 
 def load_policy(folder: Path):
     """(model, tokenizer) of a folder that a stage wrote, float32, dropout off, in eval mode, on `device()`."""
-    model, tokenizer = _load_own(folder, "AutoModelForCausalLM")
+    model, tokenizer = load_own(folder, "AutoModelForCausalLM")
     return model.to(device()), tokenizer
 
 
-def _load_own(folder: Path, kind: str):
+def load_own(folder: Path, kind: str):
     """A folder that a stage wrote: it must hold exactly the weights of its kind, all finite, and a whole tokenizer."""
     if not Path(folder).is_dir():
         raise ModelError(f"{folder}: no such folder; `dvc repro` makes it, `dvc status` says by which stage")
-    model, tokenizer = _load(str(folder), kind, {}, strict=True)
+    model, tokenizer = load(str(folder), kind, {}, strict=True)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise ModelError(
             f"{folder}: its tokenizer has no EOS, or no PAD of its own; remove the folder and run `dvc repro`"
@@ -158,7 +156,7 @@ def _load_own(folder: Path, kind: str):
     return model, tokenizer
 
 
-def _load(name: str, kind: str, extra: dict, new_head: bool = False, strict: bool = False):
+def load(name: str, kind: str, extra: dict, new_head: bool = False, strict: bool = False):
     """(model, tokenizer); a weight that the folder lacks is an error, unless it is that of a head to be trained."""
     import transformers
 
@@ -232,85 +230,14 @@ def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
     model.generation_config.suppress_tokens = ids
 
 
-# ---- scalar head -----------------------------------------------------------------------------------------------------
-
-
-class Scorer(nn.Module):
-    """A language model with a scalar head: the reward model, and, started from it, PPO's value network.
-
-    Laid out and saved as AutoModelForSequenceClassification with one label. The raw head is normalised by two
-    constants that live in the config and travel with the folder: score = (head - reward_shift) / reward_scale.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Normalised scalar at every position, (B, T) float32; defined where `attention_mask` is 1."""
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions(batch.attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-        config = self.model.config
-        return (self.head(hidden)[..., 0].float() - config.reward_shift) / config.reward_scale
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.model.score if hasattr(self.model, "score") else self.model.classifier
-
-
-def last(values: Tensor, mask: Tensor) -> Tensor:
-    """Value at the last True of each row of `mask`: (B, T), (B, T) -> (B,)."""
-    index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
-    return values.gather(1, index[:, None])[:, 0]
-
-
-def scorer_from_policy(folder: Path) -> tuple[Scorer, object]:
-    """A reward model to be trained: the policy's body, and a head drawn from N(0, 1/(d+1)) (Stiennon et al. 2020, B.1)."""
-    model, tokenizer = _load(str(folder), "AutoModelForSequenceClassification", {"num_labels": 1}, new_head=True)
-    model.config.reward_shift, model.config.reward_scale = 0.0, 1.0
-    scorer = Scorer(model)
-    width = scorer.head.in_features
-    nn.init.normal_(scorer.head.weight, std=(width + 1) ** -0.5)
-    return scorer.to(device()), tokenizer
-
-
-def load_scorer(folder: Path) -> Scorer:
-    """A trained reward model with its normalisation. Raises ModelError if the folder carries none."""
-    model, _ = _load_own(folder, "AutoModelForSequenceClassification")
-    shift, scale = getattr(model.config, "reward_shift", None), getattr(model.config, "reward_scale", None)
-    if (
-        not isinstance(shift, float)
-        or not isinstance(scale, float)
-        or not math.isfinite(shift)
-        or not 0 < scale < math.inf
-    ):
-        raise ModelError(
-            f"{folder}: config.json has no usable reward_shift and reward_scale ({shift}, {scale}); it is not a reward model of the `reward` stage "
-            "(set both, to 0.0 and 1.0 for raw scores)"
-        )
-    return Scorer(model).to(device())
-
-
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save(model: nn.Module, tokenizer, folder: Path) -> None:
-    """Write a model folder whole or not at all: into a temporary folder beside it, then renamed."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    """Write a model folder whole or not at all."""
+    with atomic.folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def token_budget(model: nn.Module) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from rlhf_vs_dpo import annotator, gold
+from rlhf_vs_dpo.preferences import annotator, gold
 from rlhf_vs_dpo.config import Annotator, Sampling
-from rlhf_vs_dpo.generation import decode, generate_together
-from rlhf_vs_dpo.text import encode_prompts
+from rlhf_vs_dpo.language.generation import decode, generate_together
+from rlhf_vs_dpo.language.text import encode_prompts
 
 
 class Labelled(NamedTuple):

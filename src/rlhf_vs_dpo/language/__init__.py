@@ -1,0 +1,1 @@
+"""A language model as a policy: text, models, scalar heads, log-probabilities, forward passes, generation."""

@@ -1,0 +1,72 @@
+"""Scalar heads on a language model: the reward model, and, started from it, PPO's value network."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.language.models import device, load, load_own
+from rlhf_vs_dpo.language.text import Batch, positions
+
+
+
+class Scorer(nn.Module):
+    """A language model with a scalar head: the reward model, and, started from it, PPO's value network.
+
+    Laid out and saved as AutoModelForSequenceClassification with one label. The raw head is normalised by two
+    constants that live in the config and travel with the folder: score = (head - reward_shift) / reward_scale.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Normalised scalar at every position, (B, T) float32; defined where `attention_mask` is 1."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=positions(batch.attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        config = self.model.config
+        return (self.head(hidden)[..., 0].float() - config.reward_shift) / config.reward_scale
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.score if hasattr(self.model, "score") else self.model.classifier
+
+
+def last(values: Tensor, mask: Tensor) -> Tensor:
+    """Value at the last True of each row of `mask`: (B, T), (B, T) -> (B,)."""
+    index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+    return values.gather(1, index[:, None])[:, 0]
+
+
+def scorer_from_policy(folder: Path) -> tuple[Scorer, object]:
+    """A reward model to be trained: the policy's body, and a head drawn from N(0, 1/(d+1)) (Stiennon et al. 2020, B.1)."""
+    model, tokenizer = load(str(folder), "AutoModelForSequenceClassification", {"num_labels": 1}, new_head=True)
+    model.config.reward_shift, model.config.reward_scale = 0.0, 1.0
+    scorer = Scorer(model)
+    width = scorer.head.in_features
+    nn.init.normal_(scorer.head.weight, std=(width + 1) ** -0.5)
+    return scorer.to(device()), tokenizer
+
+
+def load_scorer(folder: Path) -> Scorer:
+    """A trained reward model with its normalisation. Raises ModelError if the folder carries none."""
+    model, _ = load_own(folder, "AutoModelForSequenceClassification")
+    shift, scale = getattr(model.config, "reward_shift", None), getattr(model.config, "reward_scale", None)
+    if (
+        not isinstance(shift, float)
+        or not isinstance(scale, float)
+        or not math.isfinite(shift)
+        or not 0 < scale < math.inf
+    ):
+        raise ModelError(
+            f"{folder}: config.json has no usable reward_shift and reward_scale ({shift}, {scale}); it is not a reward model of the `reward` stage "
+            "(set both, to 0.0 and 1.0 for raw scores)"
+        )
+    return Scorer(model).to(device())

@@ -1,0 +1,1 @@
+"""Who prefers what: the gold reward, the simulated annotator, labelling, judges."""

@@ -1,0 +1,1 @@
+"""How a stage runs: its frame, the MLflow store, launching, side by side, fixed arithmetic, whole files, progress, alarms."""

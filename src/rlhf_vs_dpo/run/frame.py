@@ -1,0 +1,143 @@
+"""The frame of every stage: its parameters, where its numbers go, and errors a user can act on.
+
+What MLflow is told goes through a process beside the stage (`recorder`): a second of imports and every wait for a store
+happen there, and a stage that is killed leaves a run that says so. Nothing here can change a number of a table or a model.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_vs_dpo.errors import UserError
+from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
+from rlhf_vs_dpo.run.launch import is_main
+from rlhf_vs_dpo.run.recorder import Recorder, flat
+
+
+class Run:
+    """What a stage is handed: its parameters, and where to put its numbers."""
+
+    def __init__(self, params: dict[str, Any], recorder: Recorder | None = None):
+        self.params, self.recorder = params, recorder
+        self.rows: list[dict[str, float]] = []
+        self.cost: dict[str, float] = {}
+        self._logged = {"step"}  # names of metrics, and that of the column of curves
+
+    def section(self, name: str, method: str | None = None) -> Any:
+        """A section of params.yaml as its type from `config`."""
+        from rlhf_vs_dpo import config
+
+        return config.section(self.params, name, method)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Metrics of a step: onto MLflow, and into the rows of the stage's curve (`heldout/` is kept as samples)."""
+        training = {name: value for name, value in metrics.items() if not name.startswith("heldout/")}
+        if training:
+            self.rows.append({"step": step} | training)
+        self._logged |= metrics.keys()
+        self._tell(metrics=metrics, step=step)
+
+    def reads(self, *paths: Path) -> None:
+        """Inputs of the run, with the md5 that dvc.lock knows them by: a tag each, and tables as MLflow datasets.
+
+        `stage` is given those that are always read; this is for what only some settings open.
+        """
+        self._tell(reads=[str(path) for path in paths])
+
+    def warn(self, name: str, message: str) -> None:
+        """A named warning: in the log, and as the tag `warning.<name>` of the run."""
+        if is_main():
+            print(f"\nwarning [{name}]: {message}", file=sys.stderr)
+        self._tell(tags={f"warning.{name}": message})
+
+    def spent(self, **cost: float) -> None:
+        """Cost for the report: `parameters` of a network, tokens trained, generated and read, models held at once."""
+        self.cost |= cost
+
+    def finish(self, metrics: dict[str, Any], path: Path, step: int = 0) -> None:
+        """The final metrics of the stage: a JSON file for DVC; on MLflow those that no step has logged (nested keys joined by /)."""
+        if is_main():
+            atomic.write_json(metrics, path)
+            self._tell(metrics={name: v for name, v in flat(metrics).items() if name not in self._logged}, step=step)
+
+    def curve(self, path: Path) -> None:
+        """The rows logged so far as CSV, six digits, one column per metric."""
+        if is_main():
+            import pandas as pd
+
+            atomic.write_csv(pd.DataFrame(self.rows), path)
+
+    def artifact(self, path: Path) -> None:
+        """Copy a small file (a figure, a table) to the run."""
+        self._tell(artifact=str(path))
+
+    def _tell(self, **message: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.tell(**message)
+
+
+@contextmanager
+def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: str) -> Iterator[Run]:
+    """The frame of every stage: parameters, one MLflow run, errors a user can act on.
+
+    name        used where DVC does not say who we are (a stage started by hand)
+    inputs      what it always reads
+    run_file    receives the run's id and cost when the stage has succeeded
+    tags        of the run; `policy` and `family` together make it a row of the comparison
+
+    A UserError is printed without a traceback and ends the process with status 1; the run is marked FAILED at any exception.
+    """
+    from rlhf_vs_dpo import config
+
+    started = time.monotonic()
+    recorder = None
+    try:
+        whole = config.read_params()
+        config.check(whole)
+        params = pipeline.tracked(whole, os.environ.get("DVC_STAGE"), **tags)
+        if is_main():
+            if arithmetic.native():
+                print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
+            recorder = Recorder()
+            recorder.tell(create=os.environ.get("DVC_STAGE", name), tags=tags | {"arithmetic": arithmetic.name()}, params=params)
+        run = Run(params, recorder)
+        run.reads(*inputs)
+        yield run
+        if recorder is not None:
+            seconds = time.monotonic() - started
+            spent = {"seconds": round(seconds, 1), "peak_memory_mib": round(_peak_memory(), 1), **run.cost}
+            device = _device_name()
+            recorder.tell(metrics={f"cost/{name}": value for name, value in spent.items()}, step=0, tags={"device": device})
+            run_id = recorder.end("FINISHED")
+            if run_file is not None:
+                content = {"run_id": run_id, "device": device, "arithmetic": arithmetic.name(), **spent}
+                atomic.write_json(content, run_file)
+    except BaseException as error:
+        if recorder is not None:
+            recorder.end("FAILED")
+        if isinstance(error, UserError):
+            print(f"\nerror: {error}\n", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise
+
+
+def _device_name() -> str:
+    torch = sys.modules.get("torch")  # stages without torch need not import it to say so
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def _peak_memory() -> float:
+    """Most memory that this process held, in MiB: on the GPU where there is one, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere

@@ -1,0 +1,245 @@
+"""A process beside the stage that tells MLflow what the stage says: one JSON line for each thing said.
+
+    {"create": "rl@ppo-0", "tags": {...}, "params": {...}}     first; the answer is {"run_id": ...} or {"error": ...}
+    {"metrics": {...}, "step": 10, "tags": {...}}              also alone
+    {"reads": ["data/prompts.parquet"]}, {"artifact": "report/report.md"}
+    {"end": "FINISHED"}                                        last; the answer is {"end": ...} or {"error": ...}
+
+Importing MLflow takes as long as importing torch does; here it happens meanwhile. A stage that is killed says no `end`, and
+its run is marked FAILED.
+"""
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf_vs_dpo.errors import DataError
+
+SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
+FLUSH_SECONDS = 5.0
+# What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
+WRITTEN_BY_HAND = ("src", "stages", "data/mini_tldr", "dvc.yaml", "params.yaml", "constraints.txt")
+
+
+class Recorder:
+    """The stage's end of the line."""
+
+    def __init__(self) -> None:
+        # A session of its own: Ctrl-C ends the stage, and then this learns of it by the end of its input.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_vs_dpo.run.recorder"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+        self.run_id: str | None = None
+        self.failure: str | None = None
+        self.ended = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            try:
+                answer = json.loads(line)
+            except json.JSONDecodeError:  # a library that prints
+                sys.stderr.write(line)
+                continue
+            self.run_id = answer.get("run_id", self.run_id)
+            self.failure = answer.get("error", self.failure)
+        self.ended.set()
+
+    def tell(self, **message: Any) -> None:
+        """Send a message. Raises DataError where the store has turned out to be unusable."""
+        if self.failure is not None:
+            raise DataError(self.failure)
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.ended.wait()
+            raise DataError(self.failure or "the process that tells MLflow has ended; its message stands above") from None
+
+    def end(self, status: str) -> str | None:
+        """End the run, wait until MLflow has everything, and return the run's id.
+
+        Raises DataError if MLflow did not take it all (not for a run that FAILED: its own error matters more).
+        """
+        try:
+            self.tell(end=status)
+            self.process.stdin.close()
+        except (DataError, OSError):
+            if status != "FAILED":
+                raise
+        self.ended.wait()
+        self.process.wait()
+        if status != "FAILED" and (self.failure is not None or self.process.returncode != 0):
+            raise DataError(self.failure or "the process that tells MLflow ended early; its message stands above")
+        return self.run_id
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested metrics under names that MLflow takes; a slash is a level."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        name = prefix + re.sub(r"[^\w\-./ ]", "_", str(key))
+        if isinstance(value, dict):
+            found |= flat(value, f"{name}/")
+        elif isinstance(value, (int, float)):
+            found[name] = float(value)
+    return found
+
+
+# ---- the other end ---------------------------------------------------------------------------------------------------
+
+
+def tags_of(name: str, tags: dict[str, str]) -> dict[str, str]:
+    """What one filters on in the UI: stage, method, commit, profile, the DVC experiment."""
+    from rlhf_vs_dpo.run import profiles
+
+    tags = {"dvc.stage": name, "profile": profiles.current(), **tags}
+    if taken_part := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.exp"] = taken_part
+    if commit := _git("rev-parse", "HEAD"):
+        tags["mlflow.source.git.commit"] = commit
+        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", *WRITTEN_BY_HAND))).lower()
+    return tags | {"processes": os.environ.get("WORLD_SIZE", "1")}
+
+
+def _git(*arguments: str) -> str:
+    from rlhf_vs_dpo.run.pipeline import root
+
+    done = subprocess.run(["git", *arguments], cwd=root(), capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+class Writer:
+    """One run of the store."""
+
+    def __init__(self, name: str, tags: dict[str, str], params: dict[str, Any]):
+        from rlhf_vs_dpo.run import store
+
+        self.store, self.client = store, store.client()
+        place = store.experiment(store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES)
+        made = self.client.create_run(place, run_name=tags.get("policy", name), tags=tags_of(name, tags))
+        self.run_id = made.info.run_id
+        self.client.log_batch(self.run_id, params=store.params(params))
+        self.waiting: list[Any] = []
+        self.flushed = time.monotonic()
+
+    def take(self, message: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        if "metrics" in message:
+            self.waiting += self.store.metrics(message["metrics"], message["step"])
+        for key, value in message.get("tags", {}).items():
+            self.client.set_tag(self.run_id, key, value)
+        if "reads" in message:
+            used = hashes(message["reads"])
+            self.client.log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in used.items()])
+            if tables := self.store.datasets(used):
+                self.client.log_inputs(self.run_id, tables)
+        if "artifact" in message:
+            self.client.log_artifact(self.run_id, message["artifact"])
+        if len(self.waiting) >= self.store.BATCH or time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        while self.waiting:
+            self.client.log_batch(self.run_id, metrics=self.waiting[: self.store.BATCH])
+            self.waiting = self.waiting[self.store.BATCH :]
+        self.flushed = time.monotonic()
+
+
+def hashes(paths: list[str]) -> dict[str, str]:
+    """path -> md5 of those paths that dvc.lock knows.
+
+    Another stage that ends right now rewrites dvc.lock: what is not in it yet is looked for again for a moment.
+    """
+    from ruamel.yaml.error import YAMLError
+
+    from rlhf_vs_dpo.run.pipeline import locked
+
+    known: dict[str, str] = {}
+    for _ in range(10 if "DVC_STAGE" in os.environ else 1):
+        try:
+            known = locked()
+        except (YAMLError, AttributeError):  # half of it
+            known = {}
+        if all(path in known for path in paths):
+            break
+        time.sleep(0.3)
+    return {path: known[path] for path in paths if path in known}
+
+
+def main() -> None:
+    """Take lines from standard input until they end."""
+    from contextlib import redirect_stdout
+
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+
+    def answer(**content: Any) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        with redirect_stdout(sys.stderr):
+            _record(lines, answer)
+    except Exception as error:
+        answer(error=str(error) if isinstance(error, DataError) else f"MLflow: {type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _record(lines: queue.Queue, answer: Any) -> None:
+    import logging
+
+    first = lines.get()
+    if first is None:
+        return
+    said = json.loads(first)
+    writer = Writer(said["create"], said["tags"], said["params"])
+    answer(run_id=writer.run_id)
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+    monitor = SystemMetricsMonitor(
+        writer.run_id, sampling_interval=SYSTEM_SECONDS, tracking_uri=writer.store.tracking_uri()
+    )
+    monitor.start()
+    status = "FAILED"  # of a stage that is killed
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=FLUSH_SECONDS)
+            except queue.Empty:
+                writer.flush()
+                continue
+            if line is None:
+                break
+            message = json.loads(line)
+            writer.take(message)
+            if "end" in message:
+                status = message["end"]
+                break
+        writer.flush()
+    finally:
+        monitor.finish()
+        writer.client.set_terminated(writer.run_id, status)
+    answer(end=status)
+
+
+if __name__ == "__main__":
+    main()
