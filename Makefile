@@ -20,7 +20,7 @@ repro: install check
 	  echo "No git here: everything runs, but experiments (dvc exp), diffs between commits (dvc params diff, dvc metrics diff)"; \
 	  echo "and the commit tag on MLflow runs are lost. A git clone has them."; \
 	fi
-	dvc repro
+	@python -m rlhf_vs_dpo.run.cells
 	@echo
 	@python -m rlhf_vs_dpo.report evaluation/results.json
 	@echo
@@ -58,12 +58,12 @@ check: install
 
 ui: install
 	@echo "MLflow, in half a minute (Ctrl-C ends it):"
-	@python -m rlhf_vs_dpo.tracking | sed "s/:5000/:$(PORT)/"
+	@python -m rlhf_vs_dpo.run.store | sed "s/:5000/:$(PORT)/"
 	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) \
 	  exec mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $(PORT) ;; esac
 
 profile: install
-	@python -m rlhf_vs_dpo.profiles "$(NAME)"
+	@python -m rlhf_vs_dpo.run.profiles "$(NAME)"
 
 lint: $(VENV)/.tested
 	ruff check . && ruff format --check .

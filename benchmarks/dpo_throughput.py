@@ -16,40 +16,26 @@ import typer
 
 from rlhf_vs_dpo import config, tables
 from rlhf_vs_dpo.language import models, text
+from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.training import preference, supervised
-from rlhf_vs_dpo.language.forward import log_likelihoods
 
 
 class NoWatch:
     """No held-out sampling: training alone is timed."""
 
-    def watch(self, model, step, log):
+    def watch(self, policy, step, log):
         pass
 
 
 def ours(model, tokenizer, pairs, settings) -> None:
-    policy, pad = Policy(copy.deepcopy(model), 1.0), tokenizer.pad_token_id
-    chosen, rejected = (
-        text.encode(tokenizer, pairs["prompt"], pairs[side], pairs["pair_id"], 256) for side in ("chosen", "rejected")
-    )
+    policy = Policy(copy.deepcopy(model), 1.0)
+    encoded = text.encode_pairs(tokenizer, pairs, 256)
     reference = pairs[["pair_id"]].assign(
-        chosen_logp=log_likelihoods(policy, chosen, pad), rejected_logp=log_likelihoods(policy, rejected, pad)
+        chosen_logp=log_likelihoods(policy, encoded.chosen), rejected_logp=log_likelihoods(policy, encoded.rejected)
     )
-    preference.train(
-        policy,
-        chosen,
-        rejected,
-        list(pairs["pair_id"]),
-        reference,
-        pad,
-        settings,
-        supervised.steps_over(settings, len(pairs)),
-        0,
-        NoWatch(),
-        lambda m, s: None,
-        "ours",
-    )
+    steps = supervised.steps_over(settings, len(pairs))
+    preference.train(policy, encoded, reference, settings, steps, 0, NoWatch(), lambda m, s: None, "ours")
 
 
 def trl(model, tokenizer, pairs, settings) -> None:
@@ -83,8 +69,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Times each is run.")] = 3,
 ) -> None:
     """Print pairs per second of both, and their ratio."""
-    model, tokenizer = models.load_policy(Path("models/sft"))
-    pairs = tables.read_table(Path("data/pairs.parquet"), "pairs", "train").head(count)
+    model, tokenizer = models.load_policy(Path("models/sft-0"))
+    pairs = tables.read_table(Path("data/pairs-0.parquet"), "pairs", "train").head(count)
     settings = config.section(config.read_params(), "preference", "dpo").model_copy(update={"epochs": 1.0})
     rates: dict[str, list[float]] = {"ours": [], "trl": []}
     for number in range(rounds + 1):

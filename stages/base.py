@@ -23,9 +23,8 @@ def main(
         import torch
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy, check_projection
-        from rlhf_vs_dpo.language import forward
         from rlhf_vs_dpo.training import supervised
 
         settings = run.section("base")
@@ -42,19 +41,15 @@ def main(
                 else text.bpe_tokenizer(list(train["text"]), settings.scratch.bpe_vocabulary)
             )
             model = models.from_scratch(settings.scratch, tokenizer)
-        model.to(models.device())
-        context, pad = models.context_of(model), tokenizer.pad_token_id
         # Perplexity is of the model itself; every later log-probability is of the policy, at the sampling temperature.
-        policy = Policy(model, temperature=1.0)
-        examples = text.documents(tokenizer, train["text"], context)
-        check_projection(policy, text.collate(examples[:2], pad).to(models.device()))
-        trained = supervised.likelihood(
-            policy, examples, list(train["doc_id"]), pad, settings.training, run.section("seed"), run.log, "base"
-        )
+        policy = Policy(model, temperature=1.0).to(models.device())
+        examples = text.Examples(text.documents(tokenizer, train["text"], policy.context), list(train["doc_id"]))
+        check_projection(policy, text.collate(examples.tokens[:2], policy.pad).to(models.device()))
+        trained = supervised.likelihood(policy, examples, settings.training, run.section("seed"), run.log, "base")
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
-            held = text.documents(tokenizer, heldout["text"], context)
-            logp = sum(forward.log_likelihoods(policy, held, pad, "held-out corpus"))
+            held = text.documents(tokenizer, heldout["text"], policy.context)
+            logp = sum(forward.log_likelihoods(policy, held, "held-out corpus"))
             tokens = sum(len(example.response) for example in held)
             models.save(model, tokenizer, out)
             run.curve(curves)

@@ -31,20 +31,20 @@ def main(
         renderer = None
         match settings.source:
             case "mini_tldr":
-                tables: Tables = mini_tldr.build(settings.mini_tldr, run.section("seed"))
+                built: Tables = mini_tldr.build(settings.mini_tldr, run.section("seed"))
             case "imdb":
-                tables = imdb.build(settings.imdb, run.section("seed"))
+                built = imdb.build(settings.imdb, run.section("seed"))
             case "hub":
-                tables = hub.build(settings.hub, render)
+                built = hub.build(settings.hub, render)
             case "files":
-                tables = files.build(settings.files, render)
+                built = files.build(settings.files, render)
 
         named = {
-            name: getattr(tables, name) for name in ("corpus", "demonstrations", "prompts", "dataset_pairs", "facts")
+            name: getattr(built, name) for name in ("corpus", "demonstrations", "prompts", "dataset_pairs", "facts")
         }
-        for name, frame in named.items():  # all are checked before the first is written
-            if name != "dataset_pairs" or len(frame):
-                tables.validate(frame, "pairs" if name == "dataset_pairs" else name, f"{settings.source}: {name}")
+        for name, table in named.items():  # all are checked before the first is written
+            if name != "dataset_pairs" or len(table):
+                tables.validate(table, "pairs" if name == "dataset_pairs" else name, f"{settings.source}: {name}")
         for name, splits in (
             ("corpus", ("train", "validation")),
             ("demonstrations", tables.SPLITS),
@@ -55,18 +55,18 @@ def main(
                 raise DataError(
                     f"{settings.source}: no row of {name} has split {', '.join(lost)}; give more rows, or other shares in `data`"
                 )
-        for name, frame in named.items():
-            tables.write_table(frame, name, out / f"{name}.parquet")
+        for name, table in named.items():
+            tables.write_table(table, name, out / f"{name}.parquet")
         world = out / "world"
         shutil.rmtree(world, ignore_errors=True)
         world.mkdir()
-        (world / "gold.json").write_text(json.dumps(tables.gold))
-        (world / "words.json").write_text(json.dumps(tables.words))
-        if tables.classifier is not None:
-            tables.classifier.to_parquet(world / "classifier.parquet", index=False)
-        splits = {split: int((tables.prompts["split"] == split).sum()) for split in tables.SPLITS}
+        (world / "gold.json").write_text(json.dumps(built.gold))
+        (world / "words.json").write_text(json.dumps(built.words))
+        if built.classifier is not None:
+            built.classifier.to_parquet(world / "classifier.parquet", index=False)
+        splits = {split: int((built.prompts["split"] == split).sum()) for split in tables.SPLITS}
         run.finish(
-            {"rows": {name: len(frame) for name, frame in named.items()}, "prompts": splits} | tables.metrics, metrics
+            {"rows": {name: len(table) for name, table in named.items()}, "prompts": splits} | built.metrics, metrics
         )
 
 

@@ -30,10 +30,10 @@ def main(
         import torch
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models
-        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.errors import TrainingError
+        from rlhf_vs_dpo.language import heads, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.training import imitation, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
@@ -44,30 +44,29 @@ def main(
         start, _ = models.load_policy(sft)  # to measure KL at the watched points; training never sees it
         if settings.recipe == "control_tokens":
             models.add_control_tokens(model, tokenizer, [imitation.GOOD, imitation.BAD])
-        policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
-        known: dict[str, list[int]] = {}
-        samples = 0
+        policy, frozen = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
+        known, samples = text.Prompts([], []), 0
         if imitation.NEEDS[settings.recipe] == "pairs":
             learned = tables.read_table(pairs, "pairs", "train")
             run.reads(pairs)
-            examples = imitation.from_pairs(settings.recipe, learned, tokenizer, models.context_of(model))
+            examples = imitation.from_pairs(settings.recipe, learned, tokenizer, policy.context)
         else:
             drawn = tables.read_table(pool, "pool", "train")
             run.reads(pool, *([reward] if settings.rounds > 1 else []))
             asked = tables.read_table(prompts, "prompts", "train")
-            known = imitation.prompt_ids(tokenizer, asked[asked["prompt_id"].isin(drawn["prompt_id"])])
+            known = text.prompts_of(tokenizer, asked[asked["prompt_id"].isin(drawn["prompt_id"])])
             samples = int(drawn["sample"].max()) + 1
             examples = imitation.from_pool(settings, drawn, known)
         planned = settings.rounds * supervised.steps_over(settings, len(examples.tokens))
         watched = HeldOut(
-            tables.read_table(prompts, "prompts", "validation"), gold.load(world), start, tokenizer,
-            run.section("monitor"), sampling, seed, planned,
+            tables.read_table(prompts, "prompts", "validation"), gold.load(world), frozen, tokenizer,
+            run.section("monitor"), sampling.max_new_tokens, seed, planned,
         )  # fmt: skip
         trained = generated = read = taken = 0
         for number in range(settings.rounds):
             if number > 0:
                 drawn, sampled, prompted = imitation.draw_pool(
-                    model, tokenizer, heads.load_scorer(reward), known, samples, sampling, round_seed(seed, number)
+                    policy, heads.load_scorer(reward), known, samples, sampling.max_new_tokens, round_seed(seed, number)
                 )
                 generated, read = generated + sampled, read + prompted
                 examples = imitation.from_pool(settings, drawn, known)
@@ -79,9 +78,9 @@ def main(
             last = number + 1 == settings.rounds
             steps = planned - taken if last else planned // settings.rounds
             trained += supervised.likelihood(
-                policy, *examples, pad, supervised.as_training(settings, steps), seed,
+                policy, examples, supervised.as_training(settings, steps), seed,
                 lambda values, step, taken=taken: run.log(values, taken + step), method,
-                lambda step, taken=taken: watched.watch(model, taken + step, run.log),
+                lambda step, taken=taken: watched.watch(policy, taken + step, run.log),
             )  # fmt: skip
             taken += steps
         run.spent(

@@ -25,12 +25,11 @@ def main(
         import pandas as pd
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
-        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language import forward, heads, models, text
         from rlhf_vs_dpo.language.generation import decode, generate
         from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.run.progress import bar
-        from rlhf_vs_dpo.language import forward
 
         settings, sampling = run.section("pool"), run.section("sampling")
         train = tables.read_table(prompts, "prompts", "train").head(settings.train_prompts)
@@ -48,7 +47,7 @@ def main(
         each = rows.loc[rows.index.repeat(rows["samples"])]
         each = each.assign(sample=each.groupby(level=0).cumcount()).reset_index(drop=True)
         model, tokenizer = models.load_policy(sft)
-        policy, pad = Policy(model, sampling.temperature), tokenizer.pad_token_id
+        policy = Policy(model, sampling.temperature)
         scorer, judge = heads.load_scorer(reward), gold.load(world)
         totals = {split: [0, 0, 0.0] for split in ("train", "validation", "test")}  # responses, tokens, how many ended
         read = {split: 0 for split in totals}
@@ -58,11 +57,9 @@ def main(
                 for start in range(0, len(each), CHUNK):
                     some = each.iloc[start : start + CHUNK].reset_index(drop=True)
                     streams = [f"pool/{name}" for name in some["prompt_id"]]  # of its own: no sample is another table's
-                    drawn = generate(
-                        model, tokenizer, text.encode_prompts(tokenizer, list(some["prompt"])), streams,
-                        list(some["sample"]), sampling, seed, rows=1024,
-                    )  # fmt: skip
-                    logp = forward.log_likelihoods(policy, drawn.tokens, pad)
+                    asked = text.Prompts(text.encode_prompts(tokenizer, list(some["prompt"])), streams)
+                    drawn = generate(policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, rows=1024)
+                    logp = forward.log_likelihoods(policy, drawn.tokens)
                     table = some[["prompt_id", "split", "sample"]].assign(
                         response=decode(tokenizer, drawn.tokens),
                         response_ids=[tokens.response for tokens in drawn.tokens],
@@ -70,7 +67,7 @@ def main(
                         finished=drawn.finished,
                         logp=logp,
                         reference_logp=logp,
-                        reward=forward.scores(scorer, drawn.tokens, pad),
+                        reward=forward.scores(scorer, drawn.tokens),
                     )
                     table["reward"] = table["reward"].where(table["finished"])
                     for split, group in table.groupby("split"):

@@ -7,8 +7,6 @@ import typer
 
 from rlhf_vs_dpo.run import frame, launch
 
-SIDES = ("chosen", "rejected")
-
 
 def main(
     method: Annotated[str, typer.Option(help="Entry of `preference` in params.yaml.")],
@@ -34,11 +32,10 @@ def main(
         import torch
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
-        from rlhf_vs_dpo.preferences import gold, labelling
         from rlhf_vs_dpo.errors import TrainingError
+        from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
-        from rlhf_vs_dpo.language import forward
+        from rlhf_vs_dpo.preferences import gold, labelling
         from rlhf_vs_dpo.training import preference, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
@@ -47,7 +44,7 @@ def main(
         torch.manual_seed(seed)
         model, tokenizer = models.load_policy(sft)
         start, _ = models.load_policy(sft)  # to measure KL at the watched points, and for pairs of later rounds
-        policy, pad, context = Policy(model, sampling.temperature), tokenizer.pad_token_id, models.context_of(model)
+        policy, frozen = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         whole = tables.read_table(pairs, "pairs")
         asked, judge = tables.read_table(prompts, "prompts"), gold.load(world)
         stored = None
@@ -55,17 +52,14 @@ def main(
             stored = preference.stored_reference(whole, tables.read_table(reference, "reference"), reference)
             run.reads(reference)
 
-        def encoded(rows: pd.DataFrame) -> list[list[text.Tokens]]:
-            return [text.encode(tokenizer, rows["prompt"], rows[side], rows["pair_id"], context) for side in SIDES]
-
         learning = whole.index[whole["split"] == "train"].to_numpy()
         if settings.rounds > 1:  # each round has a share of the prompts; a draw, for the table may be in some order
             learning = np.random.default_rng(seed).permutation(learning)
         parts = np.array_split(learning, settings.rounds)
         steps = [supervised.steps_over(settings, len(part)) for part in parts]
         watched = HeldOut(
-            asked[asked["split"] == "validation"], judge, start, tokenizer,
-            run.section("monitor"), sampling, seed, sum(steps),
+            asked[asked["split"] == "validation"], judge, frozen, tokenizer,
+            run.section("monitor"), sampling.max_new_tokens, seed, sum(steps),
         )  # fmt: skip
         trained = generated = read = taken = 0
         for number, part in enumerate(parts):
@@ -73,8 +67,9 @@ def main(
             known = None if stored is None else stored.loc[part].reset_index(drop=True)
             if number > 0:  # online: pairs of the policy as it is now, on prompts that no round has had yet
                 labelled = labelling.label(
-                    model, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], judge,
-                    run.section("preferences").annotator, sampling, round_seed(seed, number), f"pairs of round {number + 1}",
+                    policy, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], judge,
+                    run.section("preferences").annotator, sampling.max_new_tokens, round_seed(seed, number),
+                    f"pairs of round {number + 1}",
                 )  # fmt: skip
                 rows, generated = labelled.pairs, generated + labelled.tokens_generated
                 read += labelled.tokens_read
@@ -84,20 +79,18 @@ def main(
                         f"({settings.batch}): the policy says the same twice, or never ends. Fewer `rounds`, a lower "
                         "`learning_rate` or a higher beta keep it closer to the SFT policy"
                     )
-            chosen, rejected = encoded(rows)
+            learned = text.encode_pairs(tokenizer, rows, policy.context)
             if number > 0 and known is not None:
-                frozen = Policy(start, sampling.temperature)
                 known = pd.DataFrame(
                     {
-                        "chosen_logp": forward.log_likelihoods(frozen, chosen, pad),
-                        "rejected_logp": forward.log_likelihoods(frozen, rejected, pad),
+                        "chosen_logp": forward.log_likelihoods(frozen, learned.chosen),
+                        "rejected_logp": forward.log_likelihoods(frozen, learned.rejected),
                     }
                 )
-                read += forward.tokens_read(chosen) + forward.tokens_read(rejected)
+                read += forward.tokens_read(learned.chosen) + forward.tokens_read(learned.rejected)
             trained += preference.train(
-                policy, chosen, rejected, list(rows["pair_id"]), known, pad, settings, steps[number], seed, watched,
-                run.log, method, taken,
-            )  # fmt: skip
+                policy, learned, known, settings, steps[number], seed, watched, run.log, method, taken
+            )
             taken += steps[number]
         run.spent(
             parameters=models.size(model), tokens_trained=trained, tokens_generated=generated, tokens_read=read,
@@ -106,7 +99,8 @@ def main(
         if launch.is_main():
             held = whole.index[whole["split"] == "validation"]
             known = None if stored is None else stored.loc[held]
-            judged = preference.implicit_rewards(policy, *encoded(whole.loc[held]), known, pad, settings)
+            measured = text.encode_pairs(tokenizer, whole.loc[held], policy.context)
+            judged = preference.implicit_rewards(policy, measured, known, settings)
             table = whole.loc[held, ["pair_id", "prompt_id"]].reset_index(drop=True).join(judged)
             tables.write_table(table, "pair_rewards", pair_rewards)
             models.save(model, tokenizer, out)

@@ -23,8 +23,8 @@ def main(
         import pandas as pd
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.errors import DataError
+        from rlhf_vs_dpo.preferences import gold
 
         settings = run.section("preferences")
         if settings.source == "dataset":
@@ -42,14 +42,16 @@ def main(
                     "the source has no gold reward for the annotator to choose by; set `preferences.source: dataset` in params.yaml"
                 )
             from rlhf_vs_dpo.language import models
+            from rlhf_vs_dpo.language.logprobs import Policy
             from rlhf_vs_dpo.preferences import labelling
 
+            sampling = run.section("sampling")
             model, tokenizer = models.load_policy(sft)
             labelled = labelling.label(
-                model, tokenizer,
+                Policy(model, sampling.temperature), tokenizer,
                 pd.concat([tables.read_table(prompts, "prompts", "train").head(settings.train_prompts),
                            tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
-                judge, settings.annotator, run.section("sampling"), seed, "two samples per prompt",
+                judge, settings.annotator, sampling.max_new_tokens, seed, "two samples per prompt",
             )  # fmt: skip
             run.spent(
                 parameters=models.size(model), tokens_generated=labelled.tokens_generated,

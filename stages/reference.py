@@ -17,17 +17,16 @@ def main(
     """Write `reference`: log-probability and length of both responses of each pair."""
     with frame.stage(f"reference@{sft.name}", [sft, pairs], run_file) as run:
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
-        from rlhf_vs_dpo.language import forward
 
-        frame = tables.read_table(pairs, "pairs")
+        rows = tables.read_table(pairs, "pairs")
         model, tokenizer = models.load_policy(sft)
         policy = Policy(model, run.section("sampling").temperature)
-        table, read = frame[["pair_id"]].copy(), 0
-        for side in ("chosen", "rejected"):
-            tokens = text.encode(tokenizer, frame["prompt"], frame[side], frame["pair_id"], models.context_of(model))
-            table[f"{side}_logp"] = forward.log_likelihoods(policy, tokens, tokenizer.pad_token_id, side)
+        encoded = text.encode_pairs(tokenizer, rows, policy.context)
+        table, read = rows[["pair_id"]].copy(), 0
+        for side, tokens in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
+            table[f"{side}_logp"] = forward.log_likelihoods(policy, tokens, side)
             read += forward.tokens_read(tokens)
             table[f"{side}_tokens"] = [len(example.response) for example in tokens]
         run.spent(parameters=models.size(model), tokens_read=read, models_held=1)

@@ -1,4 +1,4 @@
-"""Write the report: one HTML page, and the same in Markdown."""
+"""Write the report: one HTML page, and the same in Markdown; apart from them, what differs from one run to the next."""
 
 import json
 from pathlib import Path
@@ -8,32 +8,31 @@ import typer
 
 from rlhf_vs_dpo.run import frame, launch
 
-SHARED = ("base", "sft", "preferences", "reward", "reference", "pool")  # stages whose cost several methods share
-
 
 def main(
     results: Annotated[Path, typer.Option(help="What was measured and compared.")],
-    reward_metrics: Annotated[Path, typer.Option(help="Metrics of the reward model.")],
-    samples: Annotated[Path, typer.Option(help="Folder of samples.")],
-    pool: Annotated[Path, typer.Option(help="Scored samples of the SFT policy, for the texts of best-of-n.")],
+    stage_metrics: Annotated[Path, typer.Option(help="Folder with the final metrics of each stage.")],
+    samples: Annotated[Path, typer.Option(help="Folder of samples, and of the pools that best-of-n draws from.")],
     prompts: Annotated[Path, typer.Option(help="Prompts.")],
     demonstrations: Annotated[Path, typer.Option(help="Demonstrations.")],
     world: Annotated[Path, typer.Option(help="Folder of the gold reward, to mark texts.")],
     plots: Annotated[Path, typer.Option(help="Folder with the training curves of all methods.")],
-    runs: Annotated[Path, typer.Option(help="Folder of MLflow run ids and cost.")],
+    machine: Annotated[Path, typer.Option(help="What the run took of the machine, and where MLflow has it.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")],
 ) -> None:
-    """Write index.html, report.md and its figures, and log them to MLflow."""
+    """Write index.html, report.md and its figures, run.html and run.md, and log them to MLflow."""
     with frame.stage("report", [results]) as run:
         import pandas as pd
 
         from rlhf_vs_dpo import config, tables
         from rlhf_vs_dpo.preferences import answers, gold
-        from rlhf_vs_dpo.run import atomic
         from rlhf_vs_dpo.report import content, figures, markdown, page
+        from rlhf_vs_dpo.run import atomic, pipeline, store
 
-        chosen = run.section("policies")
-        members, family = config.folders(chosen, run.section("seeds")), config.families(chosen)
+        chosen, seeds = run.section("policies"), run.section("seeds")
+        members, family = config.folders(chosen, seeds), config.families(chosen)
+        found, took, known = json.loads(results.read_text()), json.loads(machine.read_text()), pipeline.locked()
+        pooled = tables.read_table(samples / f"pool-{seeds[0]}.parquet", "pool", "test")
 
         def first(folder: str) -> dict[str, str]:
             table = answers.first(tables.read_table(samples / f"{folder}.parquet", "samples"))
@@ -45,28 +44,26 @@ def main(
             best = drawn.loc[drawn.groupby("prompt_id")["reward"].idxmax()]
             return dict(zip(best["prompt_id"], best["response"], strict=True))
 
+        def trace(folder: str, stage: str, output: str, settings: dict[str, object]) -> content.Trace:
+            run_id = took["stages"][folder]["run_id"]
+            lock = known.get(output, "not in dvc.lock yet")
+            return content.Trace(folder, stage, lock, run_id, store.link(run_id), settings)
+
         def traces(method: str) -> list[content.Trace]:
-            settings = run.section("sft") if method == "sft" else run.section(family[method], method)
-            found = []
-            for folder in members[method]:
-                stage = "sft" if method == "sft" else f"{family[method]}@{folder}"
-                run_id = tracking.read_run(runs / f"{folder}.json")["run_id"]
-                lock = known.get(f"models/{folder}", "not in dvc.lock yet")
-                found.append(content.Trace(folder, stage, lock, run_id, tracking.link(run_id), _flat(settings)))
-            return found
+            settings = _flat(run.section("sft") if method == "sft" else run.section(family[method], method))
+            return [
+                trace(folder, f"{family[method]}@{seed if method == 'sft' else folder}", f"models/{folder}", settings)
+                for folder, seed in zip(members[method], seeds, strict=True)
+            ]
 
         def best_of(n: int) -> list[content.Trace]:
-            run_id = tracking.read_run(runs / "pool.json")["run_id"]
-            lock = known.get("data/pool.parquet", "not in dvc.lock yet")
-            return [content.Trace("data/pool.parquet", "pool", lock, run_id, tracking.link(run_id), {"n": n})]
+            return [trace(f"pool-{seed}", f"pool@{seed}", f"samples/pool-{seed}.parquet", {"n": n}) for seed in seeds]
 
-        pooled = tables.read_table(pool, "pool", "test")
-        found, known = json.loads(results.read_text()), tracking.locked()
         demos = tables.read_table(demonstrations, "demonstrations", "test").drop_duplicates("prompt_id")
         drawn = figures.draw(found, pd.read_csv(plots / "learning.csv"))
         source = content.Source(
             found=found,
-            reward_quality=json.loads(reward_metrics.read_text()),
+            reward_quality=[json.loads((stage_metrics / f"reward-{seed}.json").read_text()) for seed in seeds],
             samples={method: first(of[0]) for method, of in members.items()}
             | {f"best_of_{n}": best_of_first(n) for n in chosen.best_of_n},
             prompts=tables.read_table(prompts, "prompts", "test"),
@@ -74,17 +71,20 @@ def main(
             judge=gold.load(world),
             traces={method: traces(method) for method in members}
             | {f"best_of_{n}": best_of(n) for n in chosen.best_of_n},
-            shared={name: tracking.read_run(runs / f"{name}.json") for name in SHARED},
+            took=took,
             examples=run.section("report").examples,
             figures=drawn,
         )
-        blocks = content.blocks(source)
+        blocks, this_run = content.blocks(source), content.run_blocks(source)
+        title = "RLHF versus DPO: this run"
         with atomic.folder(out) as place:
             pictures = figures.save(drawn, place / "figures")
             (place / "index.html").write_text(page.render(blocks))
             (place / "report.md").write_text(markdown.render(blocks))
-            for path in [*pictures, place / "index.html", place / "report.md"]:
-                run.artifact(path)
+            (place / "run.html").write_text(page.render(this_run, title))
+            (place / "run.md").write_text(markdown.render(this_run, title))
+        for path in [*pictures, place / "index.html", place / "report.md", place / "run.html"]:
+            run.artifact(out / path.relative_to(place))
 
 
 def _flat(settings) -> dict[str, object]:

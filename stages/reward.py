@@ -25,46 +25,38 @@ def main(
     launch.on_all_devices()
     with frame.stage(f"reward@{seed}", [sft, pairs, demonstrations], run_file, seed=str(seed)) as run:
         import numpy as np
-        import pandas as pd
         import torch
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language import forward, heads, models, text
         from rlhf_vs_dpo.preferences import gold
-        from rlhf_vs_dpo.language import forward
         from rlhf_vs_dpo.training import reward as training
 
         settings = run.section("reward")
         torch.manual_seed(seed)
         scorer, tokenizer = heads.scorer_from_policy(sft)
-        pad, context = tokenizer.pad_token_id, models.context_of(scorer.model)
-
-        def encoded(frame: pd.DataFrame, column: str, ids: str) -> list[text.Tokens]:
-            return text.encode(tokenizer, frame["prompt"], frame[column], frame[ids], context)
-
         train, held = (tables.read_table(pairs, "pairs", split) for split in ("train", "validation"))
         demos = tables.read_table(demonstrations, "demonstrations")
-        demo_tokens = encoded(demos, "response", "prompt_id")
-        good, bad = encoded(train, "chosen", "pair_id"), encoded(train, "rejected", "pair_id")
-        trained = training.train(
-            scorer, good, bad, list(train["pair_id"]), pad, settings.training, seed, run.log, "reward",
-        )  # fmt: skip
-        read = forward.tokens_read(demo_tokens) + forward.tokens_read(good + bad)  # to normalise; for the range
+        demo_tokens = text.encode(tokenizer, demos["prompt"], demos["response"], demos["prompt_id"], scorer.context)
+        learned = text.encode_pairs(tokenizer, train, scorer.context)
+        trained = training.train(scorer, learned, settings.training, seed, run.log, "reward")
+        responses = learned.chosen + learned.rejected
+        read = forward.tokens_read(demo_tokens) + forward.tokens_read(responses)  # to normalise; for the range
         run.spent(parameters=models.size(scorer.model), tokens_trained=trained, tokens_read=read, models_held=1)
         if not launch.is_main():
             return
-        raw = np.array(forward.scores(scorer, demo_tokens, pad, "demonstrations"))
+        raw = np.array(forward.scores(scorer, demo_tokens, "demonstrations"))
         normalising = raw[(demos["split"] == "train").to_numpy()]
         scorer.model.config.reward_shift = float(normalising.mean())
         scorer.model.config.reward_scale = float(normalising.std()) if settings.unit_scale else 1.0
-        seen = forward.scores(scorer, good + bad, pad, "range of scores on pairs")
+        seen = forward.scores(scorer, responses, "range of scores on pairs")
         scorer.model.config.reward_range = [min(seen), max(seen)]  # beyond it, the model extrapolates
-        chosen, rejected = encoded(held, "chosen", "pair_id"), encoded(held, "rejected", "pair_id")
+        judged = text.encode_pairs(tokenizer, held, scorer.context)
         scored = held.assign(
-            chosen_reward=forward.scores(scorer, chosen, pad),
-            rejected_reward=forward.scores(scorer, rejected, pad),
-            chosen_tokens=[len(tokens.response) for tokens in chosen],
-            rejected_tokens=[len(tokens.response) for tokens in rejected],
+            chosen_reward=forward.scores(scorer, judged.chosen),
+            rejected_reward=forward.scores(scorer, judged.rejected),
+            chosen_tokens=[len(tokens.response) for tokens in judged.chosen],
+            rejected_tokens=[len(tokens.response) for tokens in judged.rejected],
         )
         facts = held.merge(tables.read_table(prompts, "prompts")[["prompt_id", "facts"]], on="prompt_id", how="left")[
             "facts"

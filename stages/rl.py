@@ -32,16 +32,18 @@ def main(
         import torch
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
-        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language import heads, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.training import invariants, policy_gradient
+        from rlhf_vs_dpo.training.learner import Networks
         from rlhf_vs_dpo.training.monitor import HeldOut
 
         settings, sampling = run.section("rl", method), run.section("sampling")
         torch.manual_seed(seed)
         model, tokenizer = models.load_policy(sft)
-        reference, _ = models.load_policy(sft)
+        start, _ = models.load_policy(sft)
+        policy, reference = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         train = tables.read_table(prompts, "prompts", "train")
         documents = []
         if getattr(settings, "ptx_coefficient", 0.0) > 0:
@@ -49,19 +51,17 @@ def main(
             run.reads(corpus)
         watched = HeldOut(
             tables.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
-            run.section("monitor"), sampling, seed, settings.iterations,
+            run.section("monitor"), sampling.max_new_tokens, seed, settings.iterations,
         )  # fmt: skip
         scorer = heads.load_scorer(reward)
         shown = tables.read_table(demonstrations, "demonstrations", "train").head(512)
         invariants.check_normalised(
             scorer,
-            text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], models.context_of(model)),
-            tokenizer.pad_token_id,
+            text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], policy.context),
         )
         totals = policy_gradient.train(
-            Policy(model, sampling.temperature), Policy(reference, sampling.temperature), scorer,
-            tokenizer, text.encode_prompts(tokenizer, list(train["prompt"])), list(train["prompt_id"]),
-            text.documents(tokenizer, documents, models.context_of(model)), settings, sampling, seed, watched,
+            Networks(policy, reference, scorer), text.prompts_of(tokenizer, train),
+            text.documents(tokenizer, documents, policy.context), settings, sampling.max_new_tokens, seed, watched,
             alarms.listening(run.log, run.warn, settings.iterations), method,
         )  # fmt: skip
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")

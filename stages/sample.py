@@ -23,15 +23,16 @@ def main(
     watched: Annotated[Path | None, typer.Option(help="Where what was measured of them goes.")] = None,
 ) -> None:
     """Write `samples` with log-probabilities under the policy and pi_ref, RM reward and gold; and `retention`."""
-    with frame.stage(f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name, seed=str(seed)) as run:
+    with frame.stage(
+        f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name, seed=str(seed)
+    ) as run:
         import pandas as pd
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
-        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.language import forward, heads, models, text
         from rlhf_vs_dpo.language.generation import decode, generate
         from rlhf_vs_dpo.language.logprobs import Policy
-        from rlhf_vs_dpo.language import forward
+        from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.training import forgetting, monitor
 
         settings, sampling = run.section("sample"), run.section("sampling")
@@ -39,21 +40,20 @@ def main(
         documents = tables.read_table(corpus, "corpus", "validation")
         questions = tables.read_table(facts, "facts")
         model, tokenizer = models.load_policy(policy)
-        reference, _ = models.load_policy(sft)
+        start, _ = models.load_policy(sft)
+        sampled, reference = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         scorer, judge = heads.load_scorer(reward), gold.load(world)
 
         each = pd.concat([rows.assign(sample=number) for number in range(settings.per_prompt)], ignore_index=True)
         each = each.sort_values(["prompt_id", "sample"], ignore_index=True)
-        plain, pad = text.encode_prompts(tokenizer, list(each["prompt"])), tokenizer.pad_token_id
+        plain = text.encode_prompts(tokenizer, list(each["prompt"]))
         # Each policy has random streams of its own, so that wins are those of independent samples.
         streams = [f"{policy.name}/{name}" for name in each["prompt_id"]]
-        tables = []
+        parts = []
         for suffix in models.prompt_suffixes(model):  # the folder says how it is prompted; mostly by the prompt alone
-            asked = text.encode_prompts(tokenizer, list(each["prompt"]), suffix)
-            drawn = generate(
-                model, tokenizer, asked, streams, list(each["sample"]), sampling, seed,
-                f"{policy.name} {suffix}".strip(),
-            )  # fmt: skip
+            asked = text.Prompts(text.encode_prompts(tokenizer, list(each["prompt"]), suffix), streams)
+            what = f"{policy.name} {suffix}".strip()
+            drawn = generate(sampled, asked, list(each["sample"]), sampling.max_new_tokens, seed, what)
             # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.
             seen = [text.Tokens(prompt, said.response) for prompt, said in zip(plain, drawn.tokens, strict=True)]
             table = each[["prompt_id", "sample"]].assign(
@@ -61,16 +61,16 @@ def main(
                 response=decode(tokenizer, drawn.tokens),
                 tokens=[len(tokens.response) for tokens in drawn.tokens],
                 finished=drawn.finished,
-                logp=forward.log_likelihoods(Policy(model, sampling.temperature), drawn.tokens, pad, "log pi"),
-                reference_logp=forward.log_likelihoods(Policy(reference, sampling.temperature), seen, pad, "log ref"),
-                reward=forward.scores(scorer, seen, pad, "reward"),
+                logp=forward.log_likelihoods(sampled, drawn.tokens, "log pi"),
+                reference_logp=forward.log_likelihoods(reference, seen, "log ref"),
+                reward=forward.scores(scorer, seen, "reward"),
             )
             table["reward"] = table["reward"].where(table["finished"])
-            tables.append(table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"])))
-        table = pd.concat(tables, ignore_index=True)
+            parts.append(table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"])))
+        table = pd.concat(parts, ignore_index=True)
         kept = forgetting.retention(model, tokenizer, documents, questions)
         if heldout is not None:
-            scored = monitor.scored(tables.read_table(heldout, "heldout"), scorer, pad)
+            scored = monitor.scored(tables.read_table(heldout, "heldout"), scorer)
             tables.write_table(scored, "watched", watched)
         tables.write_table(table, "samples", out)
         tables.write_table(kept, "retention", retention)

@@ -24,31 +24,29 @@ def main(
         import torch
 
         from rlhf_vs_dpo import tables
-        from rlhf_vs_dpo.language import models, text
+        from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
-        from rlhf_vs_dpo.language import forward
         from rlhf_vs_dpo.training import supervised
 
         settings, sampling = run.section("sft"), run.section("sampling")
         torch.manual_seed(seed)
         model, tokenizer = models.load_policy(base)
-        policy, pad, context = Policy(model, sampling.temperature), tokenizer.pad_token_id, models.context_of(model)
+        policy = Policy(model, sampling.temperature)
 
-        def encoded(split: str):
-            frame = tables.read_table(demonstrations, "demonstrations", split)
-            return text.encode(tokenizer, frame["prompt"], frame["response"], frame["prompt_id"], context), list(
-                frame["prompt_id"]
-            )
+        def encoded(split: str) -> text.Examples:
+            rows = tables.read_table(demonstrations, "demonstrations", split)
+            names = rows["prompt_id"]
+            tokens = text.encode(tokenizer, rows["prompt"], rows["response"], names, policy.context)
+            return text.Examples(tokens, list(names))
 
-        heldout, _ = encoded("validation")
-        examples, names = encoded("train")
+        heldout, examples = encoded("validation").tokens, encoded("train")
 
         def nll() -> float:
             tokens = sum(len(example.response) for example in heldout)
-            return -sum(forward.log_likelihoods(policy, heldout, pad, "validation")) / tokens
+            return -sum(forward.log_likelihoods(policy, heldout, "validation")) / tokens
 
         before = nll()
-        trained = supervised.likelihood(policy, examples, names, pad, settings.training, seed, run.log, "sft")
+        trained = supervised.likelihood(policy, examples, settings.training, seed, run.log, "sft")
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             after = nll()

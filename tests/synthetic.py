@@ -37,7 +37,7 @@ def responses(rng, folder, prompts, gain, kl, finished=1.0, per_prompt=3):
 
 
 def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
-    """`whole.Inputs` of three methods; seeds in `collapsed` (folders) never end a response."""
+    """`whole.Inputs` of four methods, a line for each seed; policies in `collapsed` (folders) never end a response."""
     params = config.read_params(PARAMS)
     params["policies"] = {family: [] for family in config.FAMILIES} | {"best_of_n": [4]}
     for method, (family, _, _) in METHODS.items():
@@ -51,6 +51,7 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
         "peak_memory_mib": 500.0,
         "models_held": 1,
         "device": "CPU, 2 cores",
+        "arithmetic": "AVX2, 2 threads",
         "run_id": "r",
     }
     kept = pd.DataFrame(
@@ -87,16 +88,21 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
     rewards = {
         f: pd.DataFrame({"prompt_id": ["a", "b"], "chosen": [1.0, 0.0], "rejected": [0.0, 1.0]}) for f in members["dpo"]
     }
-    for stage in ("preferences", "reward", "reference", "pool", "base"):
-        runs[stage] = spent | {"tokens_generated": 500, "tokens_read": 100}
-    rng = np.random.default_rng(9)
-    pool = []
-    for split, count, each in (("train", 20, 4), ("validation", 40, 8), ("test", prompts, 8)):
-        part = responses(rng, "pool", count, 0.0, 0.0, per_prompt=each).drop(columns="suffix")
-        if split != "test":
-            part["prompt_id"] = split[0] + part["prompt_id"].str[1:]
-        pool.append(part.assign(split=split, logp=-9.0, reference_logp=-9.0))
-    demos = samples["sft"].drop_duplicates("prompt_id")[["prompt_id", "gold", "reward"]]
+    runs["base"] = spent
+    pools, demos = {}, {}
+    for seed in seeds:
+        for stage in ("preferences", "reward", "reference", "pool"):
+            runs[f"{stage}-{seed}"] = spent | {"tokens_generated": 500, "tokens_read": 100}
+        rng = np.random.default_rng([9, seed])
+        pool = []
+        for split, count, each in (("train", 20, 4), ("validation", 40, 8), ("test", prompts, 8)):
+            part = responses(rng, "pool", count, 0.0, 0.0, per_prompt=each).drop(columns="suffix")
+            if split != "test":
+                part["prompt_id"] = split[0] + part["prompt_id"].str[1:]
+            pool.append(part.assign(split=split, logp=-9.0, reference_logp=-9.0))
+        pools[seed] = pd.concat(pool, ignore_index=True)
+        demos[seed] = samples[f"sft-{seed}"].drop_duplicates("prompt_id")[["prompt_id", "gold", "reward"]]
+    pairs = {"filler": {"chosen": 0.2, "rejected": 0.1}, "tokens": {"chosen": 12.0, "rejected": 11.0}}
     return whole.Inputs(
         policies=policies,
         seeds=list(seeds),
@@ -108,10 +114,12 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
         watched=watched,
         pair_rewards=rewards,
         demonstrations=demos,
-        pool=pd.concat(pool, ignore_index=True),
+        pool=pools,
         runs=runs,
-        pairs={"filler": {"chosen": 0.2, "rejected": 0.1}, "tokens": {"chosen": 12.0, "rejected": 11.0}},
-        pool_metrics={split: {"tokens": 100, "tokens_read": 100} for split in ("train", "validation", "test")},
+        pairs=dict.fromkeys(seeds, pairs),
+        pool_metrics={
+            s: {n: {"tokens": 100, "tokens_read": 100} for n in ("train", "validation", "test")} for s in seeds
+        },
     )
 
 

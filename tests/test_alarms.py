@@ -65,14 +65,15 @@ def test_methods_without_a_value_network_are_heard_too():
 
 
 def test_a_warning_is_in_the_log_and_a_tag(capsys, tmp_path, monkeypatch):
-    from mlflow.tracking import MlflowClient
-
-    from rlhf_vs_dpo.run import tracking
+    from rlhf_vs_dpo.run import store
+    from rlhf_vs_dpo.run.frame import Run
+    from rlhf_vs_dpo.run.recorder import Recorder
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/x.db")
-    run_id = client.create_run(client.create_experiment("x")).info.run_id
-    tracking.Run({}, run_id).warn("negative_kl", "iteration 3: why")
+    recorder = Recorder()
+    recorder.tell(create="x", tags={}, params={})
+    Run({}, recorder).warn("negative_kl", "iteration 3: why")
+    run_id = recorder.end("FINISHED")
     assert "warning [negative_kl]: iteration 3: why" in capsys.readouterr().err
-    assert client.get_run(run_id).data.tags["warning.negative_kl"] == "iteration 3: why"
+    assert store.client().get_run(run_id).data.tags["warning.negative_kl"] == "iteration 3: why"

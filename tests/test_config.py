@@ -64,7 +64,7 @@ def test_a_new_variant_is_one_entry(params):
 
 def test_folders_and_families_of_methods():
     policies = config.Policies(rl=["ppo"], preference=["dpo"], imitation=[], best_of_n=[4])
-    assert config.folders(policies, [3]) == {"sft": ["sft"], "ppo": ["ppo-3"], "dpo": ["dpo-3"]}
+    assert config.folders(policies, [3]) == {"sft": ["sft-3"], "ppo": ["ppo-3"], "dpo": ["dpo-3"]}
     assert config.folders(policies, [0, 1])["dpo"] == ["dpo-0", "dpo-1"]
     assert config.families(policies) == {"sft": "sft", "ppo": "rl", "dpo": "preference"}
 

@@ -26,10 +26,19 @@ def test_a_method_costs_itself_and_what_it_needs():
         "device": "CPU",
     }
     pool = {"parameters": 10, "tokens_generated": 100, "seconds": 50.0, "peak_memory_mib": 9.0, "models_held": 2}
-    found = cost.of_method([run, run | {"seconds": 6.0}], {"pool": pool}, {"pool": 0.25})
-    assert found["own"]["seconds"] == 5.0 and found["upstream"]["seconds"] == 12.5 and found["total"]["seconds"] == 17.5
-    assert found["own"]["flops"] == 600 and found["upstream"]["flops"] == 0.25 * 2 * 10 * 100
-    assert found["peak_memory_mib"] == 9.0 and found["models_held"] == 4 and found["needs"] == ["pool"]
+    lines = [
+        cost.Line(run, {"pool": pool}, {"pool": 0.25}),
+        cost.Line(
+            run | {"seconds": 6.0, "tokens_trained": 30}, {"pool": pool | {"tokens_generated": 300}}, {"pool": 0.5}
+        ),
+    ]
+    found, took = cost.of_method(lines), cost.of_machine(lines)
+    assert found["own"]["flops"] == (600 + 1800) / 2
+    assert found["upstream"]["flops"] == (0.25 * 2 * 10 * 100 + 0.5 * 2 * 10 * 300) / 2
+    assert found["total"]["flops"] == found["own"]["flops"] + found["upstream"]["flops"]
+    assert found["models_held"] == 4 and found["needs"] == ["pool"]
+    assert took == {"own_seconds": 5.0, "total_seconds": 5.0 + (12.5 + 25.0) / 2, "peak_memory_mib": 9.0}
+    assert not {"seconds", "peak_memory_mib", "device"} & {*found, *found["own"]}  # what differs between machines
 
 
 def test_needs_are_those_of_the_training_stages():
@@ -71,10 +80,10 @@ def test_verdicts_by_hand():
         ],
         columns=["judge", "policy", "prompt_id", "win", "consistent", "first"],
     )  # fmt: skip
-    found = verdicts.summary(said, {"sft": ["sft"], "ppo": ["ppo-0", "ppo-1"]}, Resamples(200, 0))
+    found = verdicts.summary(said, {"sft": ["sft-0", "sft-1"], "ppo": ["ppo-0", "ppo-1"]}, Resamples(200, 0))
     assert found["g"]["methods"]["ppo"]["mean"] == 0.75 and found["g"]["inconsistent"] is None
-    assert found["l"]["methods"]["ppo"]["mean"] == pytest.approx((1.0 + 0.5) / 2)  # a mean over seeds
+    assert found["l"]["methods"]["ppo"]["mean"] == pytest.approx((1.0 + 0.5) / 2)  # a mean over lines
     assert found["l"]["unanswered"] == 0.25 and found["l"]["inconsistent"] == pytest.approx(1 / 3)
     assert found["l"]["shown_first"] == 0.75
     assert found["g"]["agreement"] == {"l": 0.5} == {"l": found["l"]["agreement"]["g"]}  # the tie is left out
-    assert verdicts.summary(said.head(0), {"sft": ["sft"], "ppo": ["ppo-0"]}, Resamples(100, 0)) == {}
+    assert verdicts.summary(said.head(0), {"sft": ["sft-0", "sft-1"], "ppo": ["ppo-0"]}, Resamples(100, 0)) == {}

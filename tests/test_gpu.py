@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from conftest import small_model
-from test_training import NoWatch, rl_settings, scorer, variant
+from test_training import NoWatch, halves, rl_settings, scorer, variant
 
-from rlhf_vs_dpo.config import Sampling
 from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Prompts
 from rlhf_vs_dpo.training import policy_gradient, preference
+from rlhf_vs_dpo.training.learner import Networks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -18,10 +19,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_rl_runs_and_its_invariants_hold(tokenizer, method):
     rows = []
     policy, reference = (Policy(small_model(tokenizer, scale=2.0).cuda(), 1.0) for _ in range(2))
-    prompts = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]] * 8
+    ids = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]] * 8
     policy_gradient.train(
-        policy, reference, scorer(tokenizer).cuda(), tokenizer, prompts, [f"p{i}" for i in range(16)], [],
-        rl_settings(method), Sampling(temperature=1.0, max_new_tokens=6), 0, NoWatch(), lambda m, s: rows.append(m), "x",
+        Networks(policy, reference, scorer(tokenizer).cuda()), Prompts(ids, [f"p{i}" for i in range(16)]), [],
+        rl_settings(method), 6, 0, NoWatch(), lambda m, s: rows.append(m), "x",
     )  # fmt: skip
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
 
@@ -30,7 +31,6 @@ def test_simpo_runs(tokenizer, examples):
     rows = []
     policy = Policy(small_model(tokenizer).cuda(), 1.0)
     preference.train(
-        policy, examples[:6], examples[6:], list("abcdef"), None, tokenizer.pad_token_id, variant("simpo"), 1, 0, NoWatch(),
-        lambda m, s: rows.append(m), "x",
-    )  # fmt: skip
+        policy, halves(examples), None, variant("simpo"), 1, 0, NoWatch(), lambda m, s: rows.append(m), "x"
+    )
     assert math.isfinite(rows[0]["loss"])

@@ -9,15 +9,15 @@ import torch
 from conftest import small_model
 
 from rlhf_vs_dpo import config
-from rlhf_vs_dpo.language import models, text
-from rlhf_vs_dpo.preferences import labelling
-from rlhf_vs_dpo.config import Annotator, Monitor, Sampling
+from rlhf_vs_dpo.config import Annotator, Monitor
 from rlhf_vs_dpo.errors import DataError, ModelError
+from rlhf_vs_dpo.language import models, text
+from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 from rlhf_vs_dpo.language.generation import generate, generate_together
 from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.text import Tokens, word_tokenizer
+from rlhf_vs_dpo.language.text import Prompts, Tokens, word_tokenizer
+from rlhf_vs_dpo.preferences import labelling
 from rlhf_vs_dpo.training import imitation, monitor, supervised
-from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 
 PARAMS = config.Path(__file__).parents[1] / "profiles" / "default.yaml"
 
@@ -48,7 +48,7 @@ def pool():
 
 
 def kept(settings):
-    examples = imitation.from_pool(settings, pool(), {"a": [100], "b": [200]})
+    examples = imitation.from_pool(settings, pool(), Prompts([[100], [200]], ["a", "b"]))
     assert all(t.prompt == [100 if name[0] == "a" else 200] for t, name in zip(*examples, strict=True))
     return examples.names
 
@@ -70,7 +70,7 @@ def test_a_pool_without_an_end_is_refused():
     endless = pool().assign(finished=False, reward=np.nan)
     for name in ("best_of_n", "rm_filtered"):
         with pytest.raises(DataError, match="nothing to imitate: none of its 12 responses ended"):
-            imitation.from_pool(recipe(name), endless, {"a": [1], "b": [2]})
+            imitation.from_pool(recipe(name), endless, Prompts([[1], [2]], ["a", "b"]))
 
 
 def pairs():
@@ -106,22 +106,23 @@ def test_control_tokens_change_nothing_until_they_are_trained_and_are_never_said
     before, known = copy.deepcopy(model), len(own_tokenizer)
     prompt = [own_tokenizer.bos_token_id, 4, 5]
     example = [Tokens(prompt, [6, 7, own_tokenizer.eos_token_id])]
-    plain = log_likelihoods(Policy(before, 0.7), example, 3)
+    plain = log_likelihoods(Policy(before, 0.7), example)
     models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
     assert len(own_tokenizer) == known + 2 == model.get_input_embeddings().num_embeddings
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # still tied
-    assert log_likelihoods(Policy(model, 0.7), example, 3) == pytest.approx(plain, abs=1e-5)
+    assert log_likelihoods(Policy(model, 0.7), example) == pytest.approx(plain, abs=1e-5)
     good, bad = own_tokenizer.convert_tokens_to_ids(["[GOOD]", "[BAD]"])
     rows = [[Tokens([*prompt, token], [6, 7, 1])] for token in (good, bad)]
-    assert log_likelihoods(Policy(model, 1.0), rows[0], 3) == log_likelihoods(Policy(model, 1.0), rows[1], 3)
+    policy = Policy(model, 1.0)
+    assert log_likelihoods(policy, rows[0]) == log_likelihoods(policy, rows[1])
     with torch.no_grad():  # even a policy that wants nothing else
         model.get_input_embeddings().weight[good] *= 100
-    sampling = Sampling(temperature=0.3, max_new_tokens=8)
-    drawn = generate(model, own_tokenizer, [prompt] * 50, [f"{i}" for i in range(50)], [0] * 50, sampling, 0)
+    prompts = Prompts([prompt] * 50, [f"{i}" for i in range(50)])
+    drawn = generate(Policy(model, 0.3), prompts, [0] * 50, 8, 0)
     assert not {good, bad} & {token for t in drawn.tokens for token in t.response}
-    entropies = measure(Policy(model, 1.0), drawn.tokens, 3, lambda out, batch: out.entropy.sum(-1).tolist())
+    entropies = measure(policy, drawn.tokens, lambda out, batch: out.entropy.sum(-1).tolist())
     assert np.isfinite(entropies).all()
-    assert np.isfinite(log_likelihoods(Policy(model, 1.0), drawn.tokens, 3)).all()
+    assert np.isfinite(log_likelihoods(policy, drawn.tokens)).all()
 
 
 def test_a_token_that_exists_is_no_control_token(own_tokenizer):
@@ -148,11 +149,12 @@ def test_training_behind_tokens_makes_them_mean_something(own_tokenizer):
     rows = pd.DataFrame({"pair_id": list("abcdefgh"), "prompt": "the cat", "chosen": "sat .", "rejected": "ran ."})
     examples = imitation.from_pairs("control_tokens", rows, own_tokenizer, 32)
     settings = supervised.as_training(recipe("control_tokens", batch=8, learning_rate=3e-3), 60)
-    supervised.likelihood(Policy(model, 1.0), *examples, 3, settings, 0, lambda m, s: None, "x")
+    policy = Policy(model, 1.0)
+    supervised.likelihood(policy, examples, settings, 0, lambda m, s: None, "x")
     good, bad = examples.tokens[0], examples.tokens[8]
     swapped = [Tokens(good.prompt, bad.response), Tokens(bad.prompt, good.response)]
-    right = log_likelihoods(Policy(model, 1.0), [good, bad], 3)
-    assert min(right) > max(log_likelihoods(Policy(model, 1.0), swapped, 3)) + 2
+    right = log_likelihoods(policy, [good, bad])
+    assert min(right) > max(log_likelihoods(policy, swapped)) + 2
 
 
 def test_what_is_watched_is_prompted_as_the_folder_says_and_scored_on_the_plain_prompt(own_tokenizer):
@@ -162,17 +164,17 @@ def test_what_is_watched_is_prompted_as_the_folder_says_and_scored_on_the_plain_
     with torch.no_grad():
         model.get_input_embeddings().weight[-2] = model.get_input_embeddings().weight[6] * 2
     prompts = pd.DataFrame({"prompt_id": ["p", "q"], "prompt": ["the cat", "the dog"], "facts": None})
-    sampling = Sampling(temperature=1.0, max_new_tokens=5)
-    watched = monitor.HeldOut(prompts, None, reference, own_tokenizer, Monitor(points=1, prompts=2), sampling, 0, 1)
-    watched.watch(model, 0, lambda m, s: None)
+    policy, frozen = Policy(model, 1.0), Policy(reference, 1.0)
+    watched = monitor.HeldOut(prompts, None, frozen, own_tokenizer, Monitor(points=1, prompts=2), 5, 0, 1)
+    watched.watch(policy, 0, lambda m, s: None)
     table = watched.table()
     good = own_tokenizer.convert_tokens_to_ids("[GOOD]")
     assert [list(ids) for ids in table["prompt_ids"]] == text.encode_prompts(own_tokenizer, list(prompts["prompt"]))
     asked = [Tokens([*p, good], list(r)) for p, r in zip(table["prompt_ids"], table["response_ids"], strict=True)]
-    assert table["logp"].tolist() == pytest.approx(log_likelihoods(Policy(model, 1.0), asked, 3), abs=1e-5)
+    assert table["logp"].tolist() == pytest.approx(log_likelihoods(policy, asked), abs=1e-5)
     seen = [Tokens(list(p), list(r)) for p, r in zip(table["prompt_ids"], table["response_ids"], strict=True)]
-    assert table["reference_logp"].tolist() == pytest.approx(log_likelihoods(Policy(reference, 1.0), seen, 3), abs=1e-5)
-    watched.watch(model, 0, lambda m, s: None)  # the end of a round is the start of the next: sampled once
+    assert table["reference_logp"].tolist() == pytest.approx(log_likelihoods(frozen, seen), abs=1e-5)
+    watched.watch(policy, 0, lambda m, s: None)  # the end of a round is the start of the next: sampled once
     assert len(watched.table()) == 2
 
 
@@ -190,40 +192,37 @@ class Shorter:
 
 
 def test_labelled_pairs_come_from_the_policy_and_follow_the_annotator(own_tokenizer):
-    model = small_model(own_tokenizer, scale=1.0)
+    policy = Policy(small_model(own_tokenizer, scale=1.0), 1.0)
     prompts = pd.DataFrame(
         {"prompt_id": [f"p{i}" for i in range(300)], "split": "train", "prompt": "the cat", "facts": None}
     )
-    sampling = Sampling(temperature=1.0, max_new_tokens=12)
     settings = Annotator(temperature=0.5, length_bias=0.0, filler_bias=0.0)
-    labelled = labelling.label(model, own_tokenizer, prompts, Shorter(), settings, sampling, 3, "x")
+    labelled = labelling.label(policy, own_tokenizer, prompts, Shorter(), settings, 12, 3, "x")
     lengths = labelled.pairs[["chosen", "rejected"]].map(lambda said: len(said.split()))
     assert (lengths["chosen"] <= lengths["rejected"]).mean() > 0.8
     gap = (lengths["rejected"] - lengths["chosen"]).to_numpy() / 0.5
     assert labelled.pairs["p_chosen"].tolist() == pytest.approx((1 / (1 + np.exp(-gap))).tolist())
     assert (labelled.pairs["chosen"] != labelled.pairs["rejected"]).all()
     assert labelled.summary["dropped_share"] == pytest.approx(1 - len(labelled.pairs) / 300)
-    again = labelling.label(model, own_tokenizer, prompts, Shorter(), settings, sampling, 4, "x")
+    again = labelling.label(policy, own_tokenizer, prompts, Shorter(), settings, 12, 4, "x")
     assert not labelled.pairs["chosen"].equals(again.pairs["chosen"])  # another round, other samples
 
 
 def test_alone_a_process_generates_everything(own_tokenizer):
-    model = small_model(own_tokenizer)
-    sampling = Sampling(temperature=1.0, max_new_tokens=4)
     asked = [[own_tokenizer.bos_token_id, 4 + i % 3] for i in range(9)]
-    args = (model, own_tokenizer, asked, [f"{i}" for i in range(9)], [0] * 9, sampling, 0)
+    prompts = Prompts(asked, [f"{i}" for i in range(9)])
+    args = (Policy(small_model(own_tokenizer), 1.0), prompts, [0] * 9, 4, 0)
     assert generate_together(*args) == generate(*args)
 
 
 def test_equal_prompts_are_read_once_and_answered_apart(own_tokenizer):
     """Many responses to few prompts are those that each prompt gets alone."""
-    model = small_model(own_tokenizer, scale=1.0)
-    sampling = Sampling(temperature=1.0, max_new_tokens=6)
+    policy = Policy(small_model(own_tokenizer, scale=1.0), 1.0)
     asked = [[own_tokenizer.bos_token_id, *[4 + i % 2] * (1 + i % 2)] for i in range(40)]
     names, samples = [f"{i % 2}" for i in range(40)], list(range(40))
-    together = generate(model, own_tokenizer, asked, names, samples, sampling, 0, rows=16)
+    together = generate(policy, Prompts(asked, names), samples, 6, 0, rows=16)
     for i in (0, 1, 17, 39):
-        alone = generate(model, own_tokenizer, asked[i : i + 1], names[i : i + 1], samples[i : i + 1], sampling, 0)
+        alone = generate(policy, Prompts(asked[i : i + 1], names[i : i + 1]), samples[i : i + 1], 6, 0)
         assert alone.tokens[0] == together.tokens[i]
     assert len({tuple(t.response) for t in together.tokens}) > 10
 
@@ -233,25 +232,23 @@ def test_a_pool_of_a_round_is_scored_by_the_reward_model(own_tokenizer):
 
     from rlhf_vs_dpo.language.forward import scores
 
-    model, reward = small_model(own_tokenizer, scale=1.0), scorer(own_tokenizer)
-    prompts = {"a": [own_tokenizer.bos_token_id, 4], "b": [own_tokenizer.bos_token_id, 5]}
-    table, tokens, read = imitation.draw_pool(
-        model, own_tokenizer, reward, prompts, 5, Sampling(temperature=1.0, max_new_tokens=6), 0
-    )
+    policy, reward = Policy(small_model(own_tokenizer, scale=1.0), 1.0), scorer(own_tokenizer)
+    ids = {"a": [own_tokenizer.bos_token_id, 4], "b": [own_tokenizer.bos_token_id, 5]}
+    table, tokens, read = imitation.draw_pool(policy, reward, Prompts(list(ids.values()), list(ids)), 5, 6, 0)
     assert table.groupby("prompt_id")["sample"].apply(list).to_dict() == {"a": [*range(5)], "b": [*range(5)]}
     assert tokens == table["response_ids"].map(len).sum()
-    rows = [Tokens(prompts[p], list(r)) for p, r in zip(table["prompt_id"], table["response_ids"], strict=True)]
+    rows = [Tokens(ids[p], list(r)) for p, r in zip(table["prompt_id"], table["response_ids"], strict=True)]
     texts = {tuple(r.prompt + r.response): r for r in rows}  # each prompt is read to answer it, each text to score it
     assert read == 2 + 2 + sum(map(len, texts))
-    assert table["reward"].tolist() == pytest.approx(scores(reward, rows, 3), abs=1e-5)
+    assert table["reward"].tolist() == pytest.approx(scores(reward, rows), abs=1e-5)
 
 
 def test_texts_that_occur_twice_are_read_once_and_each_gets_its_value(own_tokenizer):
     policy = Policy(small_model(own_tokenizer), 1.0)
     rows = [Tokens([2, 4], [5, 1]), Tokens([2, 4], [6, 6, 1]), Tokens([2, 4], [5, 1]), Tokens([2, 5], [5, 1])]
-    each = [log_likelihoods(policy, [row], 3)[0] for row in rows]
-    assert log_likelihoods(policy, rows, 3) == pytest.approx(each, abs=1e-5)
+    each = [log_likelihoods(policy, [row])[0] for row in rows]
+    assert log_likelihoods(policy, rows) == pytest.approx(each, abs=1e-5)
     read = []
     policy.register_forward_hook(lambda module, args, output: read.append(len(args[0].input_ids)))
-    log_likelihoods(policy, rows, 3)
+    log_likelihoods(policy, rows)
     assert sum(read) == 3

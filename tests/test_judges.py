@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from rlhf_vs_dpo import config
-from rlhf_vs_dpo.preferences import judges
 from rlhf_vs_dpo.errors import DataError, JudgeError, ModelError, ParamsError
+from rlhf_vs_dpo.preferences import judges
 
 QUESTION = "Post: {prompt}\nSummary A: {first}\nSummary B: {second}\nWhich is better, A or B?"
 ASKED = pd.DataFrame(
@@ -83,7 +83,7 @@ def likes_good(question):
 
 def test_a_judge_is_asked_in_both_orders(tmp_path):
     with Server(likes_good) as server:
-        found = judges.load(settings(server.endpoint), tmp_path, tmp_path / "c.jsonl").compare(ASKED)
+        found = judges.load(settings(server.endpoint), tmp_path, tmp_path / "c.jsonl", 0).compare(ASKED)
     assert found["win"].tolist() == [1.0, 0.0, 0.5] and found["consistent"].tolist()[:2] == [1.0, 1.0]
     assert (
         found["first"].tolist()[:2] == [0.5, 0.5] and found["consistent"].isna()[2]
@@ -101,46 +101,50 @@ def test_a_judge_is_asked_in_both_orders(tmp_path):
 
 def test_a_taste_for_the_first_place_is_a_tie_and_is_told(tmp_path):
     with Server(lambda question: "A") as server:
-        found = judges.load(settings(server.endpoint), tmp_path, tmp_path / "c.jsonl").compare(ASKED.head(1))
+        found = judges.load(settings(server.endpoint), tmp_path, tmp_path / "c.jsonl", 0).compare(ASKED.head(1))
     assert found.iloc[0].tolist() == [0.5, 0.0, 1.0]
 
 
 def test_no_usable_answer_is_no_verdict(tmp_path):
     with Server(lambda question: "A or B, both are fine") as server:
-        found = judges.load(settings(server.endpoint), tmp_path, tmp_path / "c.jsonl").compare(ASKED.head(1))
+        found = judges.load(settings(server.endpoint), tmp_path, tmp_path / "c.jsonl", 0).compare(ASKED.head(1))
     assert found.iloc[0].isna().all()
 
 
 def test_answers_are_kept_and_not_asked_for_again(tmp_path):
     cache = tmp_path / "c.jsonl"
     with Server(likes_good) as server:
-        first = judges.load(settings(server.endpoint), tmp_path, cache).compare(ASKED)
+        first = judges.load(settings(server.endpoint), tmp_path, cache, 0).compare(ASKED)
         count = len(server.asked)
-        again = judges.load(settings(server.endpoint), tmp_path, cache).compare(ASKED)
+        again = judges.load(settings(server.endpoint), tmp_path, cache, 0).compare(ASKED)
         assert len(server.asked) == count == 2 and first.equals(again)
-        judges.load(settings(server.endpoint, model="other"), tmp_path, cache).compare(ASKED)
+        judges.load(settings(server.endpoint, model="other"), tmp_path, cache, 0).compare(ASKED)
         assert len(server.asked) == 4  # another model: other answers
     whole = cache.read_text()
     cache.write_text(whole[:-9])  # killed while it wrote: the last answer is asked for again, and nothing else is lost
     with Server(likes_good) as server:
-        judges.load(settings(server.endpoint), tmp_path, cache)
-        judges.load(settings("http://127.0.0.1:1/v1"), tmp_path, cache)
+        judges.load(settings(server.endpoint), tmp_path, cache, 0)
+        judges.load(settings("http://127.0.0.1:1/v1"), tmp_path, cache, 0)
     assert cache.read_text() == "".join(line + "\n" for line in whole.splitlines()[:-1])
     cache.write_text("not json\n" + whole)
     with pytest.raises(DataError, match="line 1 is not an answer"):
-        judges.load(settings("http://127.0.0.1:1/v1"), tmp_path, cache)
+        judges.load(settings("http://127.0.0.1:1/v1"), tmp_path, cache, 0)
 
 
 def test_retries_are_bounded_and_a_dead_server_is_an_error_that_says_what_to_do(tmp_path):
     with Server(likes_good, failures=2) as server:
-        found = judges.load(settings(server.endpoint, workers=1), tmp_path, tmp_path / "c.jsonl").compare(ASKED.head(1))
+        found = judges.load(settings(server.endpoint, workers=1), tmp_path, tmp_path / "c.jsonl", 0).compare(
+            ASKED.head(1)
+        )
         assert found["win"].tolist() == [1.0] and len(server.asked) == 4
     with Server(likes_good, failures=99) as server:
         with pytest.raises(JudgeError, match=r"after 1 retries.*is the server up"):
-            judges.load(settings(server.endpoint, workers=1, retries=1), tmp_path, tmp_path / "d.jsonl").compare(ASKED)
+            judges.load(settings(server.endpoint, workers=1, retries=1), tmp_path, tmp_path / "d.jsonl", 0).compare(
+                ASKED
+            )
         assert len(server.asked) <= 4
     with pytest.raises(JudgeError, match="NO_SUCH_KEY"):
-        judges.load(settings("http://127.0.0.1:1/v1", key_variable="NO_SUCH_KEY"), tmp_path, tmp_path / "e.jsonl")
+        judges.load(settings("http://127.0.0.1:1/v1", key_variable="NO_SUCH_KEY"), tmp_path, tmp_path / "e.jsonl", 0)
 
 
 def test_what_answers_mean():
@@ -174,7 +178,7 @@ def test_what_is_no_answer_is_an_error_and_not_kept(body, tmp_path):
     cache = tmp_path / "c.jsonl"
     refused = pytest.raises(JudgeError, match="not as an OpenAI-compatible endpoint")
     with Server(likes_good, body=body if body is not None else "nothing") as server, refused:
-        judges.load(settings(server.endpoint), tmp_path, cache).compare(ASKED)
+        judges.load(settings(server.endpoint), tmp_path, cache, 0).compare(ASKED)
     assert not cache.exists()
 
 
@@ -184,7 +188,7 @@ def test_what_was_answered_before_a_failure_is_kept(tmp_path):
 
     cache = tmp_path / "c.jsonl"
     with Server(one_fails) as server, pytest.raises(JudgeError):
-        judges.load(settings(server.endpoint, workers=2), tmp_path, cache).compare(ASKED.head(1))
+        judges.load(settings(server.endpoint, workers=2), tmp_path, cache, 0).compare(ASKED.head(1))
     assert [json.loads(line)["answer"] for line in cache.read_text().splitlines()] == ["A"]
 
 
@@ -200,14 +204,14 @@ def test_a_reward_model_judges_by_its_scores(tokenizer, tmp_path):
     from test_training import scorer
 
     from rlhf_vs_dpo.language import models
-    from rlhf_vs_dpo.language.text import Tokens
     from rlhf_vs_dpo.language.forward import scores
+    from rlhf_vs_dpo.language.text import Tokens
 
     reward = scorer(tokenizer)
     words = [word for word in tokenizer.get_vocab() if word.isalpha()][:6]
     asked = pd.DataFrame({"prompt": words[:3], "facts": None, "a": words[3:], "b": list(reversed(words[3:]))})
-    models.save(reward.model, tokenizer, tmp_path / "rm")
-    judge = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c")
+    models.save(reward.model, tokenizer, tmp_path / "rm-3")
+    judge = judges.load(reward_model(tmp_path / "rm-{seed}"), tmp_path, tmp_path / "c", seed=3)  # that of line 3
     found = judge.compare(asked)
 
     def ids(text):
@@ -217,14 +221,13 @@ def test_a_reward_model_judges_by_its_scores(tokenizer, tmp_path):
         scores(
             reward,
             [Tokens([tokenizer.bos_token_id, *ids(p)], [*ids(r), tokenizer.eos_token_id]) for p, r in zip(asked["prompt"], asked[side], strict=True)],
-            tokenizer.pad_token_id,
         )
         for side in ("a", "b")
     ]  # fmt: skip
     assert found["win"].tolist() == [0.5 if x == y else float(x > y) for x, y in zip(*both, strict=True)]
     assert found["consistent"].isna().all()
     with pytest.raises(ModelError, match="cannot be loaded"):
-        judges.load(reward_model(tmp_path / "none"), tmp_path, tmp_path / "c")
+        judges.load(reward_model(tmp_path / "none"), tmp_path, tmp_path / "c", 0)
 
 
 def test_a_foreign_reward_model_reads_text(tokenizer, tmp_path):
@@ -238,8 +241,8 @@ def test_a_foreign_reward_model_reads_text(tokenizer, tmp_path):
     models.save(reward, tokenizer, tmp_path / "rm")
     words = [word for word in tokenizer.get_vocab() if word.isalpha()][:8]
     prompts, responses = ["", *words[:2]], [" ".join(words), words[3], " ".join(words[2:6])]
-    together = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c").scores(prompts, responses, "x")
-    alone = judges.load(reward_model(tmp_path / "rm", batch=1), tmp_path, tmp_path / "c").scores(
+    together = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c", 0).scores(prompts, responses, "x")
+    alone = judges.load(reward_model(tmp_path / "rm", batch=1), tmp_path, tmp_path / "c", 0).scores(
         prompts, responses, "x"
     )
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-5) and len(set(alone.tolist())) == 3
@@ -255,7 +258,7 @@ def test_a_foreign_reward_model_refuses_what_it_would_have_to_cut(tokenizer, tmp
     reward.config.max_position_embeddings = 6
     models.save(reward, tokenizer, tmp_path / "rm")
     word = next(word for word in tokenizer.get_vocab() if word.isalpha())
-    judge = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c")
+    judge = judges.load(reward_model(tmp_path / "rm"), tmp_path, tmp_path / "c", 0)
     with pytest.raises(DataError, match="reads 6; to cut them would be to judge something else"):
         judge.scores([" ".join([word] * 9)], [word], "x")
 
@@ -263,6 +266,6 @@ def test_a_foreign_reward_model_refuses_what_it_would_have_to_cut(tokenizer, tmp
 def test_a_text_that_looks_like_a_place_is_left_alone(tmp_path):
     asked = pd.DataFrame({"prompt": ["see {first}"], "facts": None, "a": ["{second}"], "b": ["b"]})
     with Server(lambda question: "A") as server:
-        judges.load(settings(server.endpoint), tmp_path, tmp_path / "c").compare(asked)
+        judges.load(settings(server.endpoint), tmp_path, tmp_path / "c", 0).compare(asked)
         assert server.asked[0]["messages"][0]["content"].startswith("Post: see {first}\nSummary ")
         assert "{second}" in server.asked[0]["messages"][0]["content"]

@@ -49,7 +49,7 @@ def test_the_interval_covers_the_truth():
     weights = resamples.units("prompt", 150)
     for number in range(1500):
         found = length.fit(*simulate(np.random.default_rng([number, 3]), 150, 0.5, 1.0, 2.0), 150)
-        interval = resamples.combine("m", np.array([found.win_rate]), found.resampled(weights)[:, None], 150).interval()
+        interval = resamples.combine(np.array([found.win_rate]), found.resampled(weights)[:, None], 150).interval()
         hits += interval["low"] <= truth <= interval["high"]
     assert 0.93 <= hits / 1500 <= 0.97
 

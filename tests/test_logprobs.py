@@ -5,10 +5,10 @@ import torch
 from conftest import small_model
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.logprobs import Policy, before, check_projection
-from rlhf_vs_dpo.language.heads import Scorer, last
-from rlhf_vs_dpo.language.text import Tokens, collate
 from rlhf_vs_dpo.language.forward import log_likelihoods
+from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.logprobs import Policy, before, check_projection
+from rlhf_vs_dpo.language.text import Tokens, collate
 
 
 def brute_force(model, example: Tokens, temperature: float) -> float:
@@ -22,10 +22,10 @@ def brute_force(model, example: Tokens, temperature: float) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_against_brute_force(model, examples, tokenizer, temperature):
+def test_against_brute_force(model, examples, temperature):
     with torch.no_grad():
         expected = [brute_force(model, example, temperature) for example in examples]
-    measured = log_likelihoods(Policy(model, temperature), examples, tokenizer.pad_token_id)
+    measured = log_likelihoods(Policy(model, temperature), examples)
     assert measured == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 5  # the model is no uniform distribution
 

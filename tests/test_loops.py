@@ -8,23 +8,23 @@ import pandas as pd
 import pytest
 import torch
 from conftest import small_model
-from test_training import NoWatch, rl_settings, run_ppo, scorer, variant, weights
+from test_training import NoWatch, halves, rl_settings, run_ppo, scorer, variant, weights
 
-from rlhf_vs_dpo.config import Monitor, Sampling
+from rlhf_vs_dpo.config import Monitor
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Prompts, Tokens, collate
 from rlhf_vs_dpo.losses.dpo import cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.language.text import Tokens, collate
 from rlhf_vs_dpo.training import attempts, forgetting, monitor, preference, rollouts, supervised
 from rlhf_vs_dpo.training import reward as reward_training
-from rlhf_vs_dpo.language.forward import log_likelihoods, scores
+from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
 
 SETTINGS = rl_settings(
     episodes=12, epochs=1, gae_discount=0.9, gae_lambda=0.6, unfinished_reward=-7.0, kl_coefficient=0.3, clip=0.1, value_clip=0.05
 )  # fmt: skip
-SAMPLING = Sampling(temperature=0.8, max_new_tokens=4)
 
 
 def token_logp(model, tokens: Tokens, temperature: float) -> list[float]:
@@ -47,25 +47,19 @@ def world(tokenizer):
     """A policy that has moved away from its reference, a reward model, a value network that is another one."""
     reference = Policy(small_model(tokenizer, seed=0, scale=2.0), 0.8)
     policy = Policy(small_model(tokenizer, seed=5, scale=2.0), 0.8)
-    return policy, reference, scorer(tokenizer, seed=1), scorer(tokenizer, seed=2)
+    return Networks(policy, reference, scorer(tokenizer, seed=1)), scorer(tokenizer, seed=2)
 
 
-def roll(world, tokenizer, accelerate=None):
-    policy, reference, reward, value = world
-    prompts = [[tokenizer.bos_token_id, 5 + i % 3] for i in range(12)]
-    names = [f"p{i}" for i in range(12)]
-    accelerate = accelerate or accelerator()
-    episodes, metrics = rollouts.rollout(
-        accelerate, policy, value, policy, reference, reward, tokenizer, prompts, names, list(range(12)),
-        SETTINGS, SAMPLING, 0.3, (0, 0), 64,
-    )  # fmt: skip
-    episodes, explained = rollouts.generalised_advantages(accelerate, episodes, SETTINGS)
+def roll(taught, tokenizer):
+    prompts = Prompts([[tokenizer.bos_token_id, 5 + i % 3] for i in range(12)], [f"p{i}" for i in range(12)])
+    episodes, metrics = rollouts.rollout(taught, prompts, list(range(12)), 0.3, (0, 0))
+    episodes, explained = rollouts.generalised_advantages(taught, episodes)
     return episodes, metrics | explained
 
 
 def test_a_rollout_against_brute_force(world, tokenizer):
-    policy, reference, reward, value = world
-    episodes, metrics = roll(world, tokenizer)
+    (policy, reference, reward), value = world
+    episodes, metrics = roll(learner(*world), tokenizer)
     assert 0 < episodes.finished.sum() < 12  # both kinds occur
     advantages, returns, kls, everything = [], [], [], []
     for i, tokens in enumerate(episodes.tokens):
@@ -76,7 +70,7 @@ def test_a_rollout_against_brute_force(world, tokenizer):
         assert episodes.ref_logp[place].tolist() == pytest.approx(ref, abs=1e-4)
         assert episodes.values[place].tolist() == pytest.approx(state_values, abs=1e-5)
         ended = tokens.response[-1] == tokenizer.eos_token_id
-        score = scores(reward, [tokens], 3)[0] if ended else -7.0
+        score = scores(reward, [tokens])[0] if ended else -7.0
         assert episodes.score[i].item() == pytest.approx(score, abs=1e-5)
         rewards = [-0.3 * (a - b) for a, b in zip(logp, ref, strict=True)]
         rewards[-1] += score
@@ -111,18 +105,19 @@ def optimiser(module, **changes):
     return Optimiser(accelerator(), module, **(given | changes))
 
 
-def learner(policy, value, settings=SETTINGS, corpus=(), **changes):
-    """What `improve` gets: optimisers of both, random streams, a small budget."""
-    return attempts.Learner(
-        accelerator(), settings, policy, optimiser(policy, **changes), value and optimiser(value), corpus, 3, 64,
+def learner(networks, value=None, settings=SETTINGS, corpus=()):
+    """Optimisers of both, random streams, four tokens a response, a small budget."""
+    return Learner(
+        networks, accelerator(), settings, 4, optimiser(networks.policy), value and optimiser(value), corpus, 64,
         np.random.default_rng(0), np.random.default_rng(1),
     )  # fmt: skip
 
 
 def test_an_update_against_brute_force(world, tokenizer):
     """Losses of the first step, with old log-probabilities and values moved so that both clips bind somewhere."""
-    policy, _, _, value = world
-    episodes, _ = roll(world, tokenizer)
+    (policy, _, _), value = world
+    taught = learner(*world)
+    episodes, _ = roll(taught, tokenizer)
     torch.manual_seed(0)
     episodes = episodes._replace(
         logp=episodes.logp + 0.2 * torch.randn_like(episodes.logp),
@@ -135,7 +130,7 @@ def test_an_update_against_brute_force(world, tokenizer):
     clipped = old + (new - old).clamp(-0.05, 0.05)
     value_loss = 0.5 * torch.maximum((new - g) ** 2, (clipped - g) ** 2).mean()
     outside = ((ratio - 1).abs() > 0.1).float().mean()
-    measured = attempts.clipped_steps(learner(policy, value), episodes)
+    measured = attempts.clipped_steps(taught, episodes)
     assert 0.1 < outside < 0.9
     assert measured["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
     assert measured["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
@@ -157,7 +152,8 @@ def gradients(module) -> torch.Tensor:
 
 def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
     policy = Policy(small_model(tokenizer, scale=2.0), 1.0)
-    taught = learner(policy, None, rl_settings(ptx_coefficient=0.7, ptx_batch=12), examples)
+    networks = Networks(policy, policy, scorer(tokenizer))
+    taught = learner(networks, None, rl_settings(ptx_coefficient=0.7, ptx_batch=12), examples)
     policy(collate(examples[:3], 3)).sums().sum().backward()
     before = gradients(policy)
     measured = attempts.accumulate_ptx(taught)
@@ -204,7 +200,6 @@ def test_the_loop_hands_each_loss_what_it_needs(tokenizer, examples, name, monke
     settings = variant(name, batch=6, learning_rate=1e-12)
     monkeypatch.setattr(preference, "check_reference", lambda *_: None)  # a reference that is not the start, on purpose
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-    chosen, rejected = examples[:6], examples[6:]
     logp = torch.tensor([sum(token_logp(policy.model, tokens, 1.0)) for tokens in examples])
     lengths = torch.tensor([float(len(tokens.response)) for tokens in examples])
     reference = pd.DataFrame(
@@ -220,10 +215,8 @@ def test_the_loop_hands_each_loss_what_it_needs(tokenizer, examples, name, monke
         "simpo": lambda: simpo(*sides, lengths[:6], lengths[6:], settings.beta, settings.gamma),
     }[name]()
     rows = []
-    preference.train(
-        policy, chosen, rejected, list("abcdef"), None if name == "simpo" else reference, 3, settings, 1, 0, NoWatch(),
-        lambda m, s: rows.append(m), "x",
-    )  # fmt: skip
+    known = None if name == "simpo" else reference
+    preference.train(policy, halves(examples), known, settings, 1, 0, NoWatch(), lambda m, s: rows.append(m), "x")
     assert rows[0]["loss"] == pytest.approx(expected.loss.mean().item(), abs=1e-4)
     assert rows[0]["pairs/margin"] == pytest.approx(
         (expected.chosen_reward - expected.rejected_reward).mean().item(), abs=1e-4
@@ -239,23 +232,11 @@ def test_training_moves_towards_the_chosen(tokenizer, examples):
     from test_training import stored
 
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-    before = log_likelihoods(policy, examples, 3)
+    before = log_likelihoods(policy, examples)
     settings = variant("dpo", batch=6, epochs=20.0, learning_rate=1e-3)
-    preference.train(
-        policy,
-        examples[:6],
-        examples[6:],
-        list("abcdef"),
-        stored(tokenizer, examples),
-        3,
-        settings,
-        supervised.steps_over(settings, 6),
-        0,
-        NoWatch(),
-        lambda m, s: None,
-        "x",
-    )
-    moved = np.array(log_likelihoods(policy, examples, 3)) - np.array(before)
+    steps, reference = supervised.steps_over(settings, 6), stored(tokenizer, examples)
+    preference.train(policy, halves(examples), reference, settings, steps, 0, NoWatch(), lambda m, s: None, "x")
+    moved = np.array(log_likelihoods(policy, examples)) - np.array(before)
     assert moved[:6].mean() > moved[6:].mean() + 1
 
 
@@ -263,8 +244,7 @@ def test_training_moves_towards_the_chosen(tokenizer, examples):
 
 
 def test_the_watch_measures_kl_and_what_ended_is_scored(tokenizer):
-    model, reference = small_model(tokenizer, seed=5, scale=2.0), small_model(tokenizer, seed=0, scale=2.0)
-    sampling = Sampling(temperature=2.0, max_new_tokens=9)
+    policy, reference = (Policy(small_model(tokenizer, seed=seed, scale=2.0), 2.0) for seed in (5, 0))
     prompts = pd.DataFrame(
         {
             "prompt_id": [f"p{i}" for i in range(12)],
@@ -272,22 +252,22 @@ def test_the_watch_measures_kl_and_what_ended_is_scored(tokenizer):
             "facts": None,
         }
     )
-    watched = monitor.HeldOut(prompts, None, reference, tokenizer, Monitor(points=3, prompts=12), sampling, 0, 10)
+    watched = monitor.HeldOut(prompts, None, reference, tokenizer, Monitor(points=3, prompts=12), 9, 0, 10)
     logged = {}
     for step in range(11):
-        watched.watch(model, step, lambda m, s: logged.update({s: m}))
+        watched.watch(policy, step, lambda m, s: logged.update({s: m}))
     assert sorted(logged) == [0, 5, 10]
     table = watched.table()
     rows = table[table["step"] == 5]
     examples = [Tokens(p, r) for p, r in zip(rows["prompt_ids"], rows["response_ids"], strict=True)]
-    kl = np.mean([sum(token_logp(model, t, 2.0)) - sum(token_logp(reference, t, 2.0)) for t in examples])
+    kl = np.mean([sum(token_logp(policy.model, t, 2.0)) - sum(token_logp(reference.model, t, 2.0)) for t in examples])
     assert logged[5]["heldout/kl"] == pytest.approx(kl, abs=1e-3) and kl > 0.1
     reward = scorer(tokenizer)
-    judged = monitor.scored(table, reward, 3)
+    judged = monitor.scored(table, reward)
     judged = judged[judged["step"] == 5]
     ended = [t for t in examples if t.response[-1] == tokenizer.eos_token_id]
     assert 0 < len(ended) < 12
-    assert judged["reward"].dropna().tolist() == pytest.approx(list(scores(reward, ended, 3)), abs=1e-5)
+    assert judged["reward"].dropna().tolist() == pytest.approx(list(scores(reward, ended)), abs=1e-5)
     assert judged["reward"].notna().tolist() == judged["finished"].tolist() and judged["finished"].sum() == len(ended)
     assert logged[5]["heldout/finished"] == pytest.approx(len(ended) / 12)
 
@@ -339,18 +319,14 @@ def test_the_reference_is_a_constant(tokenizer):
 # ---- the policy gradient ---------------------------------------------------------------------------------------------
 
 
-def raw_roll(world, tokenizer, settings):
-    policy, reference, reward, _ = world
-    prompts = [[tokenizer.bos_token_id, 5 + (i // 3) % 3] for i in range(12)]  # three answers to each prompt
-    return rollouts.rollout(
-        accelerator(), policy, None, policy, reward=reward, reference=reference, tokenizer=tokenizer, prompts=prompts,
-        names=[f"p{i // 3}" for i in range(12)], places=list(range(12)), settings=settings, sampling=SAMPLING, beta=0.3,
-        key=(0, 0), budget=64,
-    )  # fmt: skip
+def raw_roll(taught, tokenizer):
+    ids = [[tokenizer.bos_token_id, 5 + (i // 3) % 3] for i in range(12)]  # three answers to each prompt
+    prompts = Prompts(ids, [f"p{i // 3}" for i in range(12)])
+    return rollouts.rollout(taught, prompts, list(range(12)), beta=0.3, key=(0, 0))
 
 
-def expected_totals(world, episodes):
-    policy, reference, _, _ = world
+def expected_totals(networks, episodes):
+    policy, reference, _ = networks
     totals = []
     for i, tokens in enumerate(episodes.tokens):
         gap = sum(token_logp(policy.model, tokens, 0.8)) - sum(token_logp(reference.model, tokens, 0.8))
@@ -364,22 +340,22 @@ def test_a_policy_gradient_step_against_brute_force(world, tokenizer, method, gr
     settings = rl_settings(method, **changes)
     if method == "rloo":
         settings = settings.model_copy(update={"samples_per_prompt": 3})
-    episodes, metrics = raw_roll(world, tokenizer, settings)
+    networks, _ = world
+    taught = learner(networks, None, settings)
+    episodes, metrics = raw_roll(taught, tokenizer)
     assert "explained_variance" not in metrics and len(episodes.values) == 0
-    totals = expected_totals(world, episodes)
+    totals = expected_totals(networks, episodes)
     assert episodes.totals().tolist() == pytest.approx(totals.tolist(), abs=1e-3)
     assert metrics["objective"] == pytest.approx(totals.mean(), abs=1e-3)
     wanted = []
     for i in range(12):
         others = [totals[j] for j in range(12) if j // group == i // group and j != i]
         wanted.append(totals[i] - (np.mean(others) if others else 0.0))
-    episodes, _ = attempts.ATTEMPTS[settings.algorithm].advantages(accelerator(), episodes, settings)
+    episodes, _ = attempts.ATTEMPTS[settings.algorithm].advantages(taught, episodes)
     lengths = [len(t.response) for t in episodes.tokens]
     assert episodes.advantages.tolist() == pytest.approx(np.repeat(wanted, lengths).tolist(), abs=1e-3)
-    policy = world[0]
-    taught = learner(policy, None, settings)
     seen = []
-    taught.actor.adamw.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(policy)))
+    taught.actor.adamw.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(networks.policy)))
     measured = attempts.policy_gradient_step(taught, episodes)
     reference_model = small_model(tokenizer, seed=5, scale=2.0)
     loss = 0.0
@@ -394,18 +370,20 @@ def test_a_policy_gradient_step_against_brute_force(world, tokenizer, method, gr
 
 
 def test_the_kl_of_a_rollout_has_its_noise(world, tokenizer):
-    episodes, metrics = raw_roll(world, tokenizer, rl_settings("reinforce", episodes=12))
+    episodes, metrics = raw_roll(learner(world[0], None, rl_settings("reinforce", episodes=12)), tokenizer)
     kl = episodes.padded(episodes.logp - episodes.ref_logp).sum(-1).numpy()
     assert metrics["kl_standard_error"] == pytest.approx(kl.std() / 12**0.5, rel=1e-3)
 
 
 def test_scores_out_of_the_range_of_training_are_counted(world, tokenizer):
-    reward = world[2]
-    episodes, metrics = raw_roll(world, tokenizer, rl_settings("reinforce", episodes=12))
+    networks, _ = world
+    taught = learner(networks, None, rl_settings("reinforce", episodes=12))
+    episodes, metrics = raw_roll(taught, tokenizer)
     assert metrics["score_out_of_range"] == 0.0  # a reward model that knows no range
     ended = episodes.score[episodes.finished].sort().values
-    reward.model.config.reward_range = [ended[0].item() - 1, (ended[-1].item() + ended[-2].item()) / 2]
-    _, metrics = raw_roll(world, tokenizer, rl_settings("reinforce", episodes=12))
+    known = [ended[0].item() - 1, (ended[-1].item() + ended[-2].item()) / 2]
+    networks.reward.model.config.reward_range = known
+    _, metrics = raw_roll(taught, tokenizer)
     assert metrics["score_out_of_range"] == pytest.approx(1 / 12)
 
 
@@ -419,9 +397,8 @@ def test_trpo_in_a_transformer_keeps_its_promise(tokenizer):
         kept.append(copy.deepcopy(model.state_dict()))
 
     settings = rl_settings("trpo").model_copy(update={"iterations": 3, "episodes": 16, "max_kl": 0.005})
-    sampling = Sampling(temperature=1.0, max_new_tokens=5)
     start = copy.deepcopy(model.state_dict())
-    run_ppo(tokenizer, settings, log=log, sampling=sampling, model=model)
+    run_ppo(tokenizer, settings, log=log, max_new_tokens=5, model=model)
     assert all(row["update/kl_old_new"] <= row["update/kl_bound"] for row in rows)
     assert [row["update/kl_bound"] for row in rows] == pytest.approx([0.005, 0.005 * 2 / 3, 0.005 / 3])
     accepted = [row for row in rows if not row["update/rejected"]]
@@ -454,17 +431,17 @@ def test_a_reward_model_without_its_shift_is_stopped(tokenizer, examples):
 
     reward = scorer(tokenizer)
     demos = [examples[i % 12] for i in range(240)]
-    reward.model.config.reward_shift += reward.model.config.reward_scale * float(np.mean(scores(reward, demos, 3)))
-    check_normalised(reward, demos, 3)
+    reward.model.config.reward_shift += reward.model.config.reward_scale * float(np.mean(scores(reward, demos)))
+    check_normalised(reward, demos)
     reward.model.config.reward_shift = 5.0
     with pytest.raises(TrainingError, match="mean RM score of 240 demonstrations"):
-        check_normalised(reward, demos, 3)
+        check_normalised(reward, demos)
 
 
 def test_implicit_rewards_are_what_the_loss_compares(tokenizer, examples):
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
     reference = pd.DataFrame({"chosen_logp": np.linspace(-9, -4, 6), "rejected_logp": np.linspace(-5, -8, 6)})
-    logp = np.array(log_likelihoods(policy, examples, 3))
+    logp = np.array(log_likelihoods(policy, examples))
     lengths = np.array([len(t.response) for t in examples])
     for name, weight in (
         ("dpo", 0.1),
@@ -473,7 +450,7 @@ def test_implicit_rewards_are_what_the_loss_compares(tokenizer, examples):
         ("simpo", 2.0 / lengths),
     ):
         known = None if name == "simpo" else reference
-        table = preference.implicit_rewards(policy, examples[:6], examples[6:], known, 3, variant(name))
+        table = preference.implicit_rewards(policy, halves(examples), known, variant(name))
         ref = 0.0 if name == "simpo" else np.concatenate([reference["chosen_logp"], reference["rejected_logp"]])
         wanted = weight * (logp - ref)
         assert table["chosen"].tolist() == pytest.approx(wanted[:6].tolist(), abs=1e-4)
@@ -485,15 +462,14 @@ def test_later_rounds_go_on_where_the_last_one_stopped(tokenizer, examples):
     from test_training import stored
 
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-    rows, reference = [], stored(tokenizer, examples)
+    rows, reference, pairs = [], stored(tokenizer, examples), halves(examples)
+    settings = variant("dpo", batch=6)
+
+    def log(metrics, step):
+        rows.append((step, metrics["loss"]))
+
     for taken in (0, 2):
-        preference.train(
-            policy, examples[:6], examples[6:], list("abcdef"), reference, 3, variant("dpo", batch=6), 2, 0, NoWatch(),
-            lambda m, s: rows.append((s, m["loss"])), "x", taken,
-        )  # fmt: skip
+        preference.train(policy, pairs, reference, settings, 2, 0, NoWatch(), log, "x", taken)
     assert [step for step, _ in rows] == [1, 2, 3, 4]
     with pytest.raises(Exception, match="step-0 invariant"):
-        preference.train(
-            policy, examples[:6], examples[6:], list("abcdef"), reference, 3, variant("dpo", batch=6), 2, 0, NoWatch(),
-            lambda m, s: None, "x",
-        )  # fmt: skip
+        preference.train(policy, pairs, reference, settings, 2, 0, NoWatch(), log, "x")

@@ -5,8 +5,8 @@ import torch
 from conftest import ROOT, small_model
 
 from rlhf_vs_dpo import config
-from rlhf_vs_dpo.language import models
 from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.language import heads, models
 from rlhf_vs_dpo.language.text import bpe_tokenizer
 
 
@@ -77,8 +77,8 @@ def test_a_reward_model_starts_from_the_policy_and_keeps_its_normalisation(folde
     scorer, tokenizer = heads.scorer_from_policy(folder)
     assert torch.equal(scorer.model.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert scorer.head.weight.shape == (1, 32)
-    heads = torch.cat([heads.scorer_from_policy(folder)[0].head.weight for _ in range(40)])
-    assert heads.std().item() == pytest.approx(33**-0.5, rel=0.1)
+    drawn = torch.cat([heads.scorer_from_policy(folder)[0].head.weight for _ in range(40)])
+    assert drawn.std().item() == pytest.approx(33**-0.5, rel=0.1)
     scorer.model.config.reward_shift = 1.5
     models.save(scorer.model, tokenizer, tmp_path / "reward")
     assert heads.load_scorer(tmp_path / "reward").model.config.reward_shift == 1.5

@@ -241,9 +241,9 @@ def test_training_stages_read_nothing_of_test(smoke):
 def test_samples_carry_their_own_log_probabilities(smoke):
     """log pi under the policy and log ref under SFT, recomputed from the text, and the gold reward of the text."""
     from rlhf_vs_dpo.language import models, text
-    from rlhf_vs_dpo.preferences import gold
-    from rlhf_vs_dpo.language.logprobs import Policy
     from rlhf_vs_dpo.language.forward import log_likelihoods, scores
+    from rlhf_vs_dpo.language.logprobs import Policy
+    from rlhf_vs_dpo.preferences import gold
 
     folder, _ = smoke
     samples = tables.read_table(folder / "samples" / "dpo-0.parquet", "samples")

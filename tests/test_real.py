@@ -12,9 +12,9 @@ from test_pipeline import copy_project, run
 from test_text import TRICKY
 
 from rlhf_vs_dpo import config
-from rlhf_vs_dpo.language import models, text
 from rlhf_vs_dpo.config import Base
 from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.language import models, text
 
 pytestmark = pytest.mark.real
 
@@ -60,27 +60,25 @@ def test_joins_on_tricky_strings(smollm2, prompt):
 def test_log_probabilities_and_generation_of_a_real_model(smollm2):
     import torch
 
-    from rlhf_vs_dpo.config import Sampling
+    from rlhf_vs_dpo.language.forward import log_likelihoods
     from rlhf_vs_dpo.language.generation import decode, generate
     from rlhf_vs_dpo.language.logprobs import Policy, check_projection
-    from rlhf_vs_dpo.language.forward import log_likelihoods
 
     model, tokenizer = smollm2
     policy = Policy(model, 1.0)
     prompts = ["The capital of France is", "One, two, three,"]
     rows = text.encode(tokenizer, pd.Series(prompts), pd.Series([" Paris.", " potato."]), pd.Series(["a", "b"]), 64)
-    check_projection(policy, text.collate(rows, tokenizer.pad_token_id))
-    likely, unlikely = log_likelihoods(policy, rows, tokenizer.pad_token_id)
+    check_projection(policy, text.collate(rows, policy.pad))
+    likely, unlikely = log_likelihoods(policy, rows)
     assert likely > unlikely + 5
     with torch.no_grad():
         ids = torch.tensor([[*rows[0].prompt, *rows[0].response]])
         logp = model(ids).logits[0].log_softmax(-1)
     start = len(rows[0].prompt)
     assert likely == pytest.approx(float(logp[range(start - 1, len(ids[0]) - 1), ids[0, start:]].sum()), abs=1e-3)
-    sampling = Sampling(temperature=0.1, max_new_tokens=4)
-    encoded = text.encode_prompts(tokenizer, prompts)
-    together = generate(model, tokenizer, encoded, ["a", "b"], [0, 0], sampling, 0)
-    alone = generate(model, tokenizer, encoded, ["a", "b"], [0, 0], sampling, 0, rows=1)
+    cold, asked = Policy(model, 0.1), text.Prompts(text.encode_prompts(tokenizer, prompts), ["a", "b"])
+    together = generate(cold, asked, [0, 0], 4, 0)
+    alone = generate(cold, asked, [0, 0], 4, 0, rows=1)
     assert together == alone and "Paris" in decode(tokenizer, together.tokens)[0]
 
 
@@ -112,9 +110,9 @@ def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):
     import sys
     import time
 
-    from rlhf_vs_dpo.preferences import judges
     from rlhf_vs_dpo.config import LanguageModelJudge
     from rlhf_vs_dpo.errors import JudgeError
+    from rlhf_vs_dpo.preferences import judges
 
     folder = tmp_path / "smollm2"
     folder.mkdir()
@@ -158,7 +156,7 @@ def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):
                     break
             assert server.poll() is None, "transformers serve did not come up"
             time.sleep(1)
-        said = judges.load(LanguageModelJudge(**entry), tmp_path, cache).compare(asked)
+        said = judges.load(LanguageModelJudge(**entry), tmp_path, cache, 0).compare(asked)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
@@ -168,8 +166,8 @@ def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):
     given = said["consistent"].iloc[:2]
     assert (given.isna() == said["win"].iloc[:2].isna()).all()
     # The server is gone; what it said is not, and what it was not asked cannot be had.
-    assert judges.load(LanguageModelJudge(**entry), tmp_path, cache).compare(asked).equals(said)
+    assert judges.load(LanguageModelJudge(**entry), tmp_path, cache, 0).compare(asked).equals(said)
     with pytest.raises(JudgeError, match="is the server up"):
-        judges.load(LanguageModelJudge(**entry | {"retries": 0}), tmp_path, cache).compare(
+        judges.load(LanguageModelJudge(**entry | {"retries": 0}), tmp_path, cache, 0).compare(
             asked.assign(a="Something new.")
         )

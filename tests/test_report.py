@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ import pytest
 import synthetic
 
 from rlhf_vs_dpo import config
+from rlhf_vs_dpo.evaluation import views
 from rlhf_vs_dpo.preferences import gold
 from rlhf_vs_dpo.report import content, figures, markdown, page, words
 from rlhf_vs_dpo.report.marks import marked
@@ -20,8 +22,8 @@ from rlhf_vs_dpo.sources import mini_tldr
 
 def source(found, learning=None):
     """Everything a report is made of, from synthetic results."""
-    samples = synthetic.inputs(seeds=found["seeds"]).samples
-    members = {"sft": ["sft"]} | {m: [f"{m}-{s}" for s in found["seeds"]] for m in synthetic.METHODS}
+    made = synthetic.inputs(seeds=found["seeds"])
+    samples, members = made.samples, made.members
     columns = [
         "policy",
         "share",
@@ -40,13 +42,13 @@ def source(found, learning=None):
     )
     return content.Source(
         found=found,
-        reward_quality={"accuracy": 0.7, "accuracy_standard_error": 0.02},
+        reward_quality=[{"accuracy": 0.7, "accuracy_standard_error": 0.02} for _ in found["seeds"]],
         samples={m: dict(zip(samples[of[0]]["prompt_id"], samples[of[0]]["response"], strict=True)) for m, of in members.items() if m in found["methods"]},
         prompts=pd.DataFrame({"prompt_id": [f"p{i:03d}" for i in range(5)], "prompt": f"Post {synthetic.NASTY}", "facts": None}),
         demonstrations={},
         judge=None,
         traces={m: [content.Trace(f, f"stage@{f}", "md5", "run", "http://127.0.0.1:5000/x", {"beta": 0.1}) for f in of] for m, of in members.items()},
-        shared={"reward": {"seconds": 3.0, "device": "CPU, 2 cores", "tokens_trained": 5}},
+        took=views.of_machine(found, made),
         examples=2,
         figures=figures.draw(found, rows),
     )  # fmt: skip
@@ -68,7 +70,7 @@ def test_the_verdict_follows_the_numbers(found):
     gap = words.pair(found, "ppo", "dpo")
     assert f"ppo (RL) and dpo (DPO family), ppo is ahead by {words.number(gap)}" in second and gap["mean"] > 0
     assert f"p {words.p_value(gap['p'], '=')} alone and {words.p_value(gap['p_holm'], '=')} after correction" in second
-    assert "3 seeds, 0 of 12 runs collapsed" in third and "holds 1 model at once against 1" in third
+    assert "3 lines, 0 of 12 runs collapsed" in third and "holds 1 model at once against 1" in third
     # Turn the numbers round, and the sentences turn with them.
     turned = json.loads(json.dumps(found).replace('"ppo', '"@').replace('"dpo', '"ppo').replace('"@', '"dpo'))
     assert "dpo has the highest gold reward" in words.verdict(turned)[0]
@@ -86,8 +88,9 @@ def test_the_verdict_claims_no_more_than_the_statistics(found):
         and "neither is clearly ahead" in second
     )
     one = synthetic.found(seeds=(0,))
-    assert "one seed per method was run" in words.verdict(one)[2].lower() and "one seed" in words.limits(one)[0]
-    assert "3 seeds together" in words.limits(found)[0]
+    assert "one line was run" in words.verdict(one)[2].lower() and "one line was run" in words.limits(one)[0]
+    assert "3 lines together" in words.limits(found)[0] and "not on one scale" in words.limits(found)[2]
+    assert "not on one scale" not in words.limits(one)[2]
 
 
 def test_a_method_of_which_a_run_never_answers_leads_nothing(found):
@@ -179,7 +182,35 @@ def test_every_row_leads_to_its_run_stage_parameters_and_hash(blocks):
     html = page.render(blocks)
     for method in ("sft", *synthetic.METHODS):
         assert f'href="#trace-{method.replace("_", "-")}"' in html
-    assert "stage@ppo-1" in html and "md5" in html and "beta = 0.1" in html and 'href="http://127.0.0.1:5000/x"' in html
+    assert "stage@ppo-1" in html and "md5" in html and "beta = 0.1" in html
+    run = page.render(content.run_blocks(source(synthetic.found())), "this run")
+    assert "ppo-1" in run and 'href="http://127.0.0.1:5000/x"' in run and "<h1>this run</h1>" in run
+
+
+def test_what_differs_between_machines_stands_on_a_page_of_its_own(found):
+    """Other seconds, memory, devices, run ids and links: the report is the same to the byte, in both forms."""
+    here = source(found)
+    took = json.loads(json.dumps(here.took).replace("CPU, 2 cores", "CPU, 64 cores"))
+    for run in took["stages"].values():
+        run |= {"seconds": 99.0, "peak_memory_mib": 9.0, "run_id": "another"}
+    traces = {m: [replace(t, run="another", link=None) for t in of] for m, of in here.traces.items()}
+    there = replace(
+        source(found), took=took, traces=traces
+    )  # drawn anew: a figure has other ids when it is drawn twice
+    assert page.render(content.blocks(here)) == page.render(content.blocks(there))
+    assert markdown.render(content.blocks(here)) == markdown.render(content.blocks(there))
+    shown = markdown.render(content.run_blocks(there))
+    assert "64 cores" in shown and "another" in shown and shown != markdown.render(content.run_blocks(here))
+
+
+def test_the_report_says_who_computed_it_where_that_moves_bytes(found):
+    here = source(found)
+    own = json.loads(json.dumps(here.took))
+    own["stages"]["ppo-0"]["arithmetic"] = "native: ..."
+    gpu = json.loads(json.dumps(here.took).replace("CPU, 2 cores", "NVIDIA H200"))
+    said = [markdown.render(content.blocks(replace(here, took=took))) for took in (here.took, own, gpu)]
+    assert ["RLHF_NATIVE" in text for text in said] == [False, True, False]
+    assert ["Computed on NVIDIA H200" in text for text in said] == [False, False, True]
 
 
 def test_the_same_in_markdown(blocks):

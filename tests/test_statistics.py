@@ -7,17 +7,16 @@ from scipy import stats
 
 from rlhf_vs_dpo.evaluation import measure
 from rlhf_vs_dpo.evaluation.measure import METRICS
-from rlhf_vs_dpo.evaluation.statistics import NOTHING, Resamples, difference, holm, win_share
+from rlhf_vs_dpo.evaluation.statistics import NOTHING, Resamples, holm, win_share
 
 EXPERIMENTS = 2000  # a coverage of 95 % is then known to less than half a percentage point
 
 
 def test_one_prompt_says_nothing_of_another():
     resamples = Resamples(100, 0)
-    one, other = (
-        resamples.ratio(name, "prompt", np.array([[x]]), np.ones((1, 1))) for name, x in (("a", 2.0), ("b", 1.9))
-    )
-    assert one.interval() == NOTHING and difference(one, other) == NOTHING | {"p": None}
+    one, other = (resamples.ratio("prompt", np.array([[x]]), np.ones((1, 1))) for x in (2.0, 1.9))
+    gap = resamples.difference(one, other)
+    assert one.interval() == NOTHING and gap.interval() == NOTHING and gap.p_value() is None
 
 
 def test_win_share_counts_ties_half_and_responses_that_never_ended_as_lost():
@@ -28,63 +27,63 @@ def test_win_share_counts_ties_half_and_responses_that_never_ended_as_lost():
     assert win_share(np.array([np.nan]), one, np.array([np.nan])) == (0.5, 1)
 
 
-def covered(simulate, truth, seeds, prompts, read) -> float:
+def covered(simulate, truth, lines, prompts, read) -> float:
     """Share of experiments whose interval holds the truth."""
     resamples = Resamples(400, 1)
     hits = 0
     for number in range(EXPERIMENTS):
-        found = read(resamples, simulate(np.random.default_rng([number, seeds, prompts])))
+        found = read(resamples, simulate(np.random.default_rng([number, lines, prompts])))
         hits += found["low"] <= truth <= found["high"]
     return hits / EXPERIMENTS
 
 
-def nested(rng, prompts, seeds, prompt_sd, seed_sd, noise_sd=0.5, answers=4, mean=0.7):
-    """Sums over the answers to each prompt, (seeds, prompts): a mean, what prompts and seeds add, and noise."""
-    value = mean + prompt_sd * rng.normal(size=prompts) + seed_sd * rng.normal(size=(seeds, 1))
-    return answers * value + noise_sd * answers**0.5 * rng.normal(size=(seeds, prompts))
+def nested(rng, prompts, lines, prompt_sd, line_sd, noise_sd=0.5, answers=4, mean=0.7):
+    """Sums over the answers to each prompt, (lines, prompts): a mean, what prompts and lines add, and noise."""
+    value = mean + prompt_sd * rng.normal(size=prompts) + line_sd * rng.normal(size=(lines, 1))
+    return answers * value + noise_sd * answers**0.5 * rng.normal(size=(lines, prompts))
 
 
-# Variance of the mean that prompts bring, of that which prompts and seeds bring together: none, most, even, little.
+# Variance of the mean that prompts bring, of that which prompts and lines bring together: none, most, even, little.
 CASES = [(1, 150, 1.0, 0.0), (8, 60, 0.5, 0.5)] + [
-    (seeds, 150, share**0.5, ((1 - share) * seeds / 150) ** 0.5)
-    for seeds, shares in ((3, (1.0, 0.5, 0.05)), (4, (1.0, 0.75, 0.5, 0.25, 0.05)))
+    (lines, 150, share**0.5, ((1 - share) * lines / 150) ** 0.5)
+    for lines, shares in ((3, (1.0, 0.5, 0.05)), (4, (1.0, 0.75, 0.5, 0.25, 0.05)))
     for share in shares
 ]
 
 
-@pytest.mark.parametrize(("seeds", "prompts", "prompt_sd", "seed_sd"), CASES)
-def test_an_interval_covers_the_truth_in_95_of_100_experiments(seeds, prompts, prompt_sd, seed_sd):
+@pytest.mark.parametrize(("lines", "prompts", "prompt_sd", "line_sd"), CASES)
+def test_an_interval_covers_the_truth_in_95_of_100_experiments(lines, prompts, prompt_sd, line_sd):
     share = covered(
-        lambda rng: nested(rng, prompts, seeds, prompt_sd, seed_sd, noise_sd=0.2),
-        0.7, seeds, prompts,
-        lambda resamples, sums: resamples.ratio("m", "prompt", sums, np.full(sums.shape, 4.0)).interval(),
+        lambda rng: nested(rng, prompts, lines, prompt_sd, line_sd, noise_sd=0.2),
+        0.7, lines, prompts,
+        lambda resamples, sums: resamples.ratio("prompt", sums, np.full(sums.shape, 4.0)).interval(),
     )  # fmt: skip
-    assert 0.93 <= share <= 0.97
+    assert 0.93 <= share <= 0.98
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.05])
-def test_two_seeds_are_few_and_the_interval_knows(share):
+def test_two_lines_are_few_and_the_interval_knows(share):
     """One degree of freedom: between 92 and 98 %, whichever level brings the variance."""
     found = covered(
         lambda rng: nested(rng, 150, 2, share**0.5, ((1 - share) * 2 / 150) ** 0.5, noise_sd=0.2),
         0.7, 2, 150,
-        lambda resamples, sums: resamples.ratio("m", "prompt", sums, np.full(sums.shape, 4.0)).interval(),
+        lambda resamples, sums: resamples.ratio("prompt", sums, np.full(sums.shape, 4.0)).interval(),
     )  # fmt: skip
     assert 0.91 <= found <= 0.985
 
 
 @pytest.mark.parametrize(("way", "low", "high"), [("satterthwaite", 0.91, 0.94), ("root of squares", 0.96, 0.98)])
 def test_the_two_ways_to_add_up_levels_err_on_either_side(way, low, high):
-    """Three seeds; seeds bring three quarters of the variance for the first, half of it for the second."""
+    """Three lines; lines bring three quarters of the variance for the first, half of it for the second."""
     rng = np.random.default_rng(0)
     share = 0.75 if way == "satterthwaite" else 0.5
     error = rng.normal(size=40_000)
-    seeds, prompts = share * rng.chisquare(2, size=40_000) / 2, 1 - share
+    lines, prompts = share * rng.chisquare(2, size=40_000) / 2, 1 - share
     if way == "satterthwaite":
-        freedom = (seeds + prompts) ** 2 / (seeds**2 / 2 + prompts**2 / 499)
-        half = stats.t.ppf(0.975, freedom) * (seeds + prompts) ** 0.5
+        freedom = (lines + prompts) ** 2 / (lines**2 / 2 + prompts**2 / 499)
+        half = stats.t.ppf(0.975, freedom) * (lines + prompts) ** 0.5
     else:
-        half = (stats.t.ppf(0.975, 2) ** 2 * seeds + stats.t.ppf(0.975, 499) ** 2 * prompts) ** 0.5
+        half = (stats.t.ppf(0.975, 2) ** 2 * lines + stats.t.ppf(0.975, 499) ** 2 * prompts) ** 0.5
     assert low <= np.mean(abs(error) <= half) <= high
 
 
@@ -95,37 +94,64 @@ def test_an_interval_of_a_share_covers_it_too():
         return rng.binomial(4, rng.beta(4, 2, size=200))[None].astype(float)
 
     def read(resamples, wins):
-        return resamples.ratio("m", "prompt", wins, np.full(wins.shape, 4.0), share=True).interval()
+        return resamples.ratio("prompt", wins, np.full(wins.shape, 4.0), share=True).interval()
 
     assert 0.93 <= covered(simulate, 2 / 3, 1, 200, read) <= 0.97
 
 
-@pytest.mark.parametrize("seeds", [1, 4])
-def test_a_paired_difference_covers_the_truth_and_p_is_uniform_where_there_is_none(seeds):
-    """Two methods answer the same prompts; only what prompts do to one of them, and seeds, can tell them apart."""
-    resamples, hits, ps = Resamples(400, 1), 0, []
+def two_methods(rng, lines, prompts=150, gap=0.0, line_sd=0.4, own_sd=0.1):
+    """Sums of two methods, (lines, prompts) each: what a prompt adds to both; what the SFT policy, pairs and reward model of a
+    line add to both; what training adds to each; and noise."""
+    shared = 2.0 * rng.normal(size=prompts) + (lines > 1) * line_sd * rng.normal(size=(lines, 1))
+    own = [(lines > 1) * own_sd * rng.normal(size=(lines, 1)) + 0.5 * rng.normal(size=(lines, prompts)) for _ in "ab"]
+    return shared + own[0] + gap, shared + own[1]
+
+
+@pytest.mark.parametrize("lines", [1, 3, 5])
+def test_a_paired_difference_covers_the_truth_and_p_is_uniform_where_there_is_none(lines):
+    """Two methods answer the same prompts in the same lines; only what each adds of its own can tell them apart."""
+    resamples, hits, ps, errors = Resamples(400, 1), 0, [], []
     for number in range(EXPERIMENTS):
-        rng = np.random.default_rng([number, seeds, 7])
-        shared = 2.0 * rng.normal(size=150)
-        sums = [
-            shared + 0.5 * rng.normal(size=(seeds, 150)) + (seeds > 1) * 0.1 * rng.normal(size=(seeds, 1)) for _ in "ab"
-        ]
-        a, b = (resamples.ratio(m, "prompt", s, np.ones(s.shape)) for m, s in zip("ab", sums, strict=True))
-        found = difference(a, b)
+        sums = two_methods(np.random.default_rng([number, lines, 7]), lines)
+        a, b = (resamples.ratio("prompt", s, np.ones(s.shape)) for s in sums)
+        gap = resamples.difference(a, b)
+        found = gap.interval()
         hits += found["low"] <= 0 <= found["high"]
-        ps.append(found["p"])
-        assert found["high"] - found["low"] < 0.7 * (a.interval()["high"] - a.interval()["low"]) or seeds > 1
+        ps.append(gap.p_value())
+        errors.append((gap.standard_error, a.standard_error))
+    paired, alone = np.mean(errors, axis=0)
+    assert paired < 0.6 * alone  # what the line and the prompts give to both cancels
     assert 0.93 <= hits / EXPERIMENTS <= 0.97
-    assert 0.025 <= np.mean(np.array(ps) < 0.05) <= 0.07
-    assert seeds > 1 or stats.kstest(ps, "uniform").statistic < 0.04  # with few seeds, levels add up on the safe side
+    assert 0.02 <= np.mean(np.array(ps) < 0.05) <= 0.07
+    assert lines > 1 or stats.kstest(ps, "uniform").statistic < 0.04  # with few lines, levels add up on the safe side
 
 
-def test_without_resampling_seeds_the_interval_would_be_far_too_narrow():
-    """What pooling the answers of four seeds would do: the check above can fail."""
+def test_differences_that_are_not_taken_within_lines_would_be_far_too_wide():
+    """Lines drawn apart for each method, as if they had nothing in common: the check above can fail."""
+    resamples, paired, apart = Resamples(400, 1), [], []
+    for number in range(50):
+        sums = two_methods(np.random.default_rng([number, 5, 7]), 5)
+        a, b = (resamples.ratio("prompt", s, np.ones(s.shape)) for s in sums)
+        paired.append(resamples.difference(a, b).standard_error)
+        apart.append((a.line_variance + b.line_variance) ** 0.5)
+    assert np.mean(paired) < 0.5 * np.mean(apart)
+
+
+def test_a_line_without_an_answer_has_no_say_and_takes_its_pair_along():
+    resamples = Resamples(200, 0)
+    whole = np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [9.0, 9.0, 9.0]])
+    silent = resamples.ratio("prompt", whole * [[1], [1], [0]], np.ones((3, 3)) * [[1], [1], [0]])
+    assert silent.value == pytest.approx(2.5) and silent.lines == 2 and np.isnan(silent.each[2])
+    gap = resamples.difference(resamples.ratio("prompt", whole + 1, np.ones((3, 3))), silent)
+    assert gap.value == pytest.approx(1.0) and gap.lines == 2
+
+
+def test_without_resampling_lines_the_interval_would_be_far_too_narrow():
+    """What pooling the answers of four lines would do: the check above can fail."""
     share = covered(
         lambda rng: nested(rng, 150, 4, 0.3, 0.2),
         0.7, 4, 150,
-        lambda resamples, sums: resamples.ratio("m", "prompt", sums.sum(0)[None], np.full((1, 150), 16.0)).interval(),
+        lambda resamples, sums: resamples.ratio("prompt", sums.sum(0)[None], np.full((1, 150), 16.0)).interval(),
     )  # fmt: skip
     assert share < 0.6
 
@@ -133,31 +159,28 @@ def test_without_resampling_seeds_the_interval_would_be_far_too_narrow():
 def test_interval_by_hand():
     """Three prompts drawn three times: all 27 resamples are equally likely, and their quantiles are known."""
     resamples = Resamples(20000, 0)
-    found = resamples.ratio("m", "prompt", np.array([[2.0, 4.0, 9.0]]), np.ones((1, 3)))
+    found = resamples.ratio("prompt", np.array([[2.0, 4.0, 9.0]]), np.ones((1, 3)))
     every = np.array([np.mean([a, b, c]) for a in (2, 4, 9) for b in (2, 4, 9) for c in (2, 4, 9)])
     assert found.value == 5.0 and found.draws.var() == pytest.approx(every.var(), rel=0.03)
     # One resample in 27 is all of one prompt, so that 2 and 9 are the percentiles; stretched by t_2 / z about 5.
     stretch = stats.t.ppf(0.975, 2) / stats.norm.ppf(0.975)
     assert found.interval() == pytest.approx({"mean": 5.0, "low": 5 - 3 * stretch, "high": 5 + 4 * stretch})
-    assert (
-        resamples.ratio("m", "prompt", np.array([[0.0, 0.0, 1.0]]), np.ones((1, 3)), share=True).interval()["high"]
-        == 1.0
-    )
-    nothing = resamples.ratio("m", "prompt", np.zeros((1, 2)), np.zeros((1, 2)))
+    assert resamples.ratio("prompt", np.array([[0.0, 0.0, 1.0]]), np.ones((1, 3)), share=True).interval()["high"] == 1.0
+    nothing = resamples.ratio("prompt", np.zeros((1, 2)), np.zeros((1, 2)))
     assert nothing.interval() == {"mean": None, "low": None, "high": None}
 
 
-def test_four_seeds_that_differ_alone_give_students_interval():
-    """Every prompt says the same, so that only seeds vary: mean +- t_3 s / sqrt(4)."""
+def test_four_lines_that_differ_alone_give_students_interval():
+    """Every prompt says the same, so that only lines vary: mean +- t_3 s / sqrt(4)."""
     values = np.array([1.0, 1.2, 1.5, 1.9])
     sums = np.repeat(values[:, None], 50, axis=1)
-    found = Resamples(40000, 0).ratio("m", "prompt", sums, np.ones((4, 50)))
+    found = Resamples(40000, 0).ratio("prompt", sums, np.ones((4, 50)))
     error = values.std(ddof=1) / 2
     assert found.standard_error == pytest.approx(error, rel=0.01)
     end = values.mean() + stats.t.ppf(0.975, 3) * error
     assert found.interval()["high"] == pytest.approx(end, rel=0.01)
-    other = Resamples(40000, 0).ratio("n", "prompt", 0 * sums, np.ones((4, 50)))
-    p = difference(found, other)["p"]
+    other = Resamples(40000, 0).ratio("prompt", 0 * sums, np.ones((4, 50)))
+    p = Resamples(40000, 0).difference(found, other).p_value()
     assert p == pytest.approx(2 * stats.t.sf(values.mean() / error, 3), rel=0.05)
 
 
@@ -166,12 +189,12 @@ def test_holm_by_hand():
     assert holm([None]) == [None]
 
 
-def test_methods_share_prompts_and_not_seeds():
+def test_everything_shares_prompts_and_lines():
     resamples = Resamples(500, 0)
     assert (resamples.units("prompt", 9) == resamples.units("prompt", 9)).all()
     assert (resamples.units("prompt", 9) != resamples.units("fact", 9)).any()
-    assert (resamples.seeds("a", 4) != resamples.seeds("b", 4)).any()
-    assert resamples.seeds("a", 4).sum(1) == pytest.approx(1.0)
+    assert (resamples.lines(4) == resamples.lines(4)).all()
+    assert resamples.lines(4).sum(1) == pytest.approx(1.0) and resamples.lines(4).max() <= 1.0
 
 
 def tables(gold, finished=True):
@@ -204,8 +227,8 @@ def tables(gold, finished=True):
 
 
 def row(*args):
-    """Intervals of a method with one seed."""
-    return measure.intervals(measure.row("m", [measure.policy(*args)], Resamples(200, 0)))
+    """Intervals of a method with one line."""
+    return measure.intervals(measure.row([measure.policy(*args)], Resamples(200, 0)))
 
 
 def test_metrics_of_a_policy_by_hand():
@@ -277,3 +300,14 @@ def test_weights_count_samples_and_pairs_count_as_a_reward_model():
     assert result["win_rate_vs_sft"]["mean"] == pytest.approx(0.75)  # 3 beats 2 and 2; 2 beats 1 and loses to 3
     assert result["sampled_tokens"]["mean"] == 8.0 and result["corpus_perplexity"]["mean"] is None
     assert result["pair_accuracy"]["mean"] == pytest.approx(0.5)
+
+
+def test_pairs_of_lines_differ_and_are_put_side_by_side():
+    """Each line has its own pairs: a prompt without a pair in a line counts nothing there."""
+    ours, _ = tables([1.0, 3.0, 2.0, 2.0])
+    demos = pd.DataFrame({"prompt_id": ["p0", "p1"], "gold": [0.0, 5.0], "reward": 0.0})
+    first = pd.DataFrame({"prompt_id": ["a", "b"], "chosen": [1.0, 1.0], "rejected": [0.0, 0.0]})
+    second = pd.DataFrame({"prompt_id": ["b", "c", "c"], "chosen": [0.0, 0.0, 1.0], "rejected": [1.0, 1.0, 0.0]})
+    measured = [measure.policy(ours, None, ours, demos, pairs) for pairs in (first, second)]
+    found = measure.row(measured, Resamples(200, 0))["pair_accuracy"]
+    assert found.each.tolist() == pytest.approx([1.0, 1 / 3]) and found.units == 3

@@ -6,10 +6,9 @@ import torch
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Tabular, Theory
-from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.text import Tokens
-from rlhf_vs_dpo.theory import experiments, identities, laws, problems, show
 from rlhf_vs_dpo.language.forward import scores
+from rlhf_vs_dpo.language.text import Prompts, Tokens
+from rlhf_vs_dpo.theory import experiments, identities, laws, problems, show
 
 SETTINGS = Theory(
     tabular=Tabular(prompts=2, outcomes=5),
@@ -47,10 +46,8 @@ def test_every_response_is_known_and_rewards_are_read_at_eos(tabular, transforme
 def test_a_sampled_response_of_the_table_is_an_outcome_and_eos(tabular):
     from rlhf_vs_dpo.language.generation import generate
 
-    names = [f"n{i}" for i in range(4000)]
-    drawn = generate(
-        tabular.model, tabular.tokenizer, [tabular.prompts[1]] * 4000, names, [0] * 4000, tabular.sampling, 0
-    )
+    prompts = Prompts([tabular.prompts.ids[1]] * 4000, [f"n{i}" for i in range(4000)])
+    drawn = generate(tabular.reference, prompts, [0] * 4000, tabular.max_new_tokens, 0)
     assert all(drawn.finished) and {len(t.response) for t in drawn.tokens} == {2}
     counts = np.bincount([tabular.responses.index(t.response) for t in drawn.tokens], minlength=5) / 4000
     assert laws.total_variation(counts, tabular.ref[1]) < 0.03
@@ -169,7 +166,7 @@ def test_ipo_trains_to_its_closed_form():
     """Two outcomes, uniform reference, every preference the same way: DPO's margin grows with training, IPO's is 1/(2 tau)."""
     problem = problems.tabular(Tabular(prompts=1, outcomes=2), 0)
     with torch.no_grad():
-        problem.model.outcomes.weight.zero_()
+        problem.reference.model.outcomes.weight.zero_()
     problem.__post_init__()
     pairs = experiments.population(problem, 64, same=False, seed=0).assign(prompt=0, chosen=0, rejected=1)
     shared = {"batch": 64} | experiments.PASSES
@@ -192,20 +189,18 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
     """TRPO's step on the table: conjugate gradient against the Fisher matrix written out and inverted."""
     from rlhf_vs_dpo.losses.trpo import kl_divergence
     from rlhf_vs_dpo.training import attempts, policy_gradient, rollouts
+    from rlhf_vs_dpo.training.learner import Networks
 
     settings = experiments.rl_settings("trpo", 4, 64, 0.5, 1.0).model_copy(update={"damping": 1e-3, "backtracks": 0})
-    model = tabular.start()
-    policy = Policy(model, 1.0)
-    learner = policy_gradient.new_learner(policy, tabular.scorer, [], settings, 3, 0)
-    names, places = [f"e{i}" for i in range(64)], list(range(64))
-    episodes, _ = rollouts.rollout(
-        learner.accelerate, policy, learner.critic.module, policy, Policy(tabular.model, 1.0), tabular.scorer,
-        tabular.tokenizer, [tabular.prompts[i % 2] for i in range(64)], names, places, settings, tabular.sampling, 0.5,
-        (0, 0), 10_000,
-    )  # fmt: skip
-    episodes, _ = rollouts.generalised_advantages(learner.accelerate, episodes, settings)
+    policy = tabular.start()
+    learner = policy_gradient.new_learner(
+        Networks(policy, tabular.reference, tabular.scorer), [], settings, tabular.max_new_tokens, 0
+    )
+    prompts, places = Prompts(tabular.prompts.ids * 32, [f"e{i}" for i in range(64)]), list(range(64))
+    episodes, _ = rollouts.rollout(learner, prompts, places, 0.5, (0, 0))
+    episodes, _ = rollouts.generalised_advantages(learner, episodes)
     batch = attempts._micro(learner, episodes, places)[0]
-    weight = model.outcomes.weight
+    weight = policy.model.outcomes.weight
     before = weight.detach().clone()
 
     def of(flat, what):
@@ -216,7 +211,7 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
     old = policy.distributions(batch.batch).detach()
 
     def kl(values):
-        model.outcomes.weight.data.copy_(values.view_as(before))
+        weight.data.copy_(values.view_as(before))
         return kl_divergence(old, policy.distributions(batch.batch)).mean().item()
 
     advantages = batch.of(episodes.advantages)
@@ -236,7 +231,7 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
     direction = torch.linalg.solve(fisher + 1e-3 * torch.eye(len(flat)), g)
     curvature = direction @ (fisher + 1e-3 * torch.eye(len(flat))) @ direction
     expected = (2 * settings.max_kl / curvature).sqrt() * direction
-    model.outcomes.weight.data.copy_(before)
+    weight.data.copy_(before)
     for halvings in range(12):
         learner.settings = settings.model_copy(update={"backtracks": halvings})
         measured = attempts._trust_region(learner, episodes)
@@ -251,33 +246,31 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
 
 def test_a_step_that_no_backtracking_saves_is_taken_back(tabular, monkeypatch):
     from rlhf_vs_dpo.training import attempts, policy_gradient, rollouts
+    from rlhf_vs_dpo.training.learner import Networks
 
     settings = experiments.rl_settings("trpo", 4, 32, 0.5, 1.0)
-    model = tabular.start()
-    policy = Policy(model, 1.0)
-    learner = policy_gradient.new_learner(policy, tabular.scorer, [], settings, 3, 0)
-    episodes, _ = rollouts.rollout(
-        learner.accelerate, policy, learner.critic.module, policy, Policy(tabular.model, 1.0), tabular.scorer,
-        tabular.tokenizer, [tabular.prompts[0]] * 32, ["e"] * 32, list(range(32)), settings, tabular.sampling, 0.5,
-        (0, 0), 10_000,
-    )  # fmt: skip
-    episodes, _ = rollouts.generalised_advantages(learner.accelerate, episodes, settings)
-    before = model.outcomes.weight.detach().clone()
+    networks = Networks(tabular.start(), tabular.reference, tabular.scorer)
+    learner = policy_gradient.new_learner(networks, [], settings, tabular.max_new_tokens, 0)
+    prompts = Prompts([tabular.prompts.ids[0]] * 32, ["e"] * 32)
+    episodes, _ = rollouts.rollout(learner, prompts, list(range(32)), 0.5, (0, 0))
+    episodes, _ = rollouts.generalised_advantages(learner, episodes)
+    weight = networks.policy.model.outcomes.weight
+    before = weight.detach().clone()
     whole = attempts.surrogate
     monkeypatch.setattr(  # every step that is tried seems to lose
         attempts, "surrogate", lambda *args: whole(*args) if torch.is_grad_enabled() else whole(*args) - 1.0
     )
     measured = attempts._trust_region(learner, episodes)
     assert measured["rejected"] == 1.0 and measured["backtracks"] == settings.backtracks
-    assert torch.equal(model.outcomes.weight, before) and measured["kl_old_new"] == 0.0
+    assert torch.equal(weight, before) and measured["kl_old_new"] == 0.0
     none = episodes._replace(advantages=torch.zeros_like(episodes.advantages))  # nothing to gain: no direction at all
     assert attempts._trust_region(learner, none)["rejected"] == 1.0
-    assert torch.equal(model.outcomes.weight, before)
+    assert torch.equal(weight, before)
 
 
 def test_the_table_scores_what_it_was_given(tabular):
-    example = Tokens(tabular.prompts[0], tabular.responses[2])
-    assert scores(tabular.scorer, [example], 3)[0] == pytest.approx(tabular.reward[0, 2])
+    example = Tokens(tabular.prompts.ids[0], tabular.responses[2])
+    assert scores(tabular.scorer, [example])[0] == pytest.approx(tabular.reward[0, 2])
 
 
 def test_the_table_of_the_docs_and_the_figure(tmp_path):

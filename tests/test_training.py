@@ -11,14 +11,15 @@ from conftest import small_model
 from torch import nn
 
 from rlhf_vs_dpo import config
-from rlhf_vs_dpo.config import Rl, Sampling, Training
+from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.language.heads import Scorer
-from rlhf_vs_dpo.language.text import Tokens
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
-from rlhf_vs_dpo.language.forward import log_likelihoods, scores
+from rlhf_vs_dpo.training.learner import Networks
 from rlhf_vs_dpo.training.optimise import scheduled
 
 TRAINING = Training(
@@ -44,7 +45,7 @@ def silent(metrics, step):
 class NoWatch:
     """Stands in for `HeldOut` where nothing is to be watched."""
 
-    def watch(self, model, step, log):
+    def watch(self, policy, step, log):
         pass
 
 
@@ -61,7 +62,18 @@ def scorer(tokenizer, seed=1) -> Scorer:
     }
     settings = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
     settings.reward_shift, settings.reward_scale = 0.1, 2.0
-    return Scorer(LlamaForSequenceClassification(settings).eval())
+    model = LlamaForSequenceClassification(settings).eval()
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return Scorer(model)
+
+
+def named(examples, prefix="r") -> Examples:
+    return Examples(examples, [f"{prefix}{i}" for i in range(len(examples))])
+
+
+def halves(examples) -> Pairs:
+    """The first six examples preferred to the last six."""
+    return Pairs(examples[:6], examples[6:], [f"pair-{i}" for i in range(6)])
 
 
 # ---- the global batch is what counts ---------------------------------------------------------------------------------
@@ -73,16 +85,7 @@ def test_micro_batches_do_not_change_training(tokenizer, examples, budget, monke
         monkeypatch.setenv("RLHF_MICRO_TOKENS", tokens)
         policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
         rows = []
-        supervised.likelihood(
-            policy,
-            examples,
-            [f"r{i}" for i in range(12)],
-            tokenizer.pad_token_id,
-            TRAINING,
-            0,
-            lambda m, s: rows.append(m),
-            "x",
-        )
+        supervised.likelihood(policy, named(examples), TRAINING, 0, lambda m, s: rows.append(m), "x")
         return weights(policy), [row["loss"] for row in rows]
 
     (one, losses), (other, other_losses) = trained("100000"), trained(budget)
@@ -92,13 +95,11 @@ def test_micro_batches_do_not_change_training(tokenizer, examples, budget, monke
 
 def test_the_loss_is_the_mean_over_tokens_not_over_sequences(tokenizer, examples):
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-    logp = log_likelihoods(policy, examples, tokenizer.pad_token_id)
+    logp = log_likelihoods(policy, examples)
     expected = -sum(logp) / sum(len(example.response) for example in examples)
     rows = []
     one_step = TRAINING.model_copy(update={"steps": 1, "batch": 12})
-    supervised.likelihood(
-        policy, examples, ["r"] * 12, tokenizer.pad_token_id, one_step, 0, lambda m, s: rows.append(m), "x"
-    )
+    supervised.likelihood(policy, named(examples), one_step, 0, lambda m, s: rows.append(m), "x")
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -113,9 +114,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_ids(tokenizer, examp
     with torch.no_grad():
         policy.model.lm_head.weight[5] = float("nan")
     with pytest.raises(TrainingError, match=r"step 0: loss nan.*learning rate 0\.01; batch: row-\d+"):
-        supervised.likelihood(
-            policy, examples, [f"row-{i}" for i in range(12)], tokenizer.pad_token_id, TRAINING, 0, silent, "x"
-        )
+        supervised.likelihood(policy, named(examples, "row-"), TRAINING, 0, silent, "x")
 
 
 # ---- reward model ----------------------------------------------------------------------------------------------------
@@ -136,9 +135,8 @@ def test_the_reward_model_learns_a_preference(tokenizer):
     good, bad = [response(True) for _ in range(160)], [response(False) for _ in range(160)]
     model = scorer(tokenizer)
     settings = TRAINING.model_copy(update={"steps": 40, "batch": 16})
-    reward_training.train(model, good[:128], bad[:128], ["p"] * 128, tokenizer.pad_token_id, settings, 0, silent, "x")
-    pad = tokenizer.pad_token_id
-    right = np.array(scores(model, good[128:], pad)) > np.array(scores(model, bad[128:], pad))
+    reward_training.train(model, Pairs(good[:128], bad[:128], ["p"] * 128), settings, 0, silent, "x")
+    right = np.array(scores(model, good[128:])) > np.array(scores(model, bad[128:]))
     assert right.mean() > 0.95
 
 
@@ -171,17 +169,14 @@ def variant(name, **changes):
 
 def run_pairs(tokenizer, examples, settings, reference, log=silent):
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-    names = [f"pair-{i}" for i in range(6)]
     steps = supervised.steps_over(settings, 6)
-    preference.train(
-        policy, examples[:6], examples[6:], names, reference, tokenizer.pad_token_id, settings, steps, 0, NoWatch(), log, "x"
-    )  # fmt: skip
+    preference.train(policy, halves(examples), reference, settings, steps, 0, NoWatch(), log, "x")
     return weights(policy)
 
 
 def stored(tokenizer, examples, shift=0.0):
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-    logp = log_likelihoods(policy, examples, tokenizer.pad_token_id)
+    logp = log_likelihoods(policy, examples)
     return pd.DataFrame({"chosen_logp": np.array(logp[:6]) + shift, "rejected_logp": np.array(logp[6:]) + shift})
 
 
@@ -209,28 +204,16 @@ def test_pairs_that_are_one_to_the_tokenizer_are_refused(tokenizer, examples):
     from rlhf_vs_dpo.errors import DataError
 
     policy = Policy(small_model(tokenizer), 1.0)
+    pairs = Pairs(examples[:2], [examples[5], examples[1]], ["a", "b"])
     with pytest.raises(DataError, match="b: chosen and rejected are the same tokens"):
-        preference.train(
-            policy,
-            examples[:2],
-            [examples[5], examples[1]],
-            ["a", "b"],
-            None,
-            3,
-            variant("simpo"),
-            1,
-            0,
-            NoWatch(),
-            silent,
-            "x",
-        )
+        preference.train(policy, pairs, None, variant("simpo"), 1, 0, NoWatch(), silent, "x")
 
 
 def test_a_last_step_that_diverges_is_noticed(tokenizer, examples):
     wild = TRAINING.model_copy(update={"steps": 1, "batch": 12, "learning_rate": 1e38, "schedule": "constant"})
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
     with pytest.raises(TrainingError, match="not finite"):
-        supervised.likelihood(policy, examples, ["r"] * 12, tokenizer.pad_token_id, wild, 0, silent, "x")
+        supervised.likelihood(policy, named(examples), wild, 0, silent, "x")
     with pytest.raises(TrainingError, match=r"not finite.*last batch: p"):
         run_ppo(tokenizer, rl_settings(iterations=1, epochs=1, learning_rate=1e38, schedule="constant"))
 
@@ -261,8 +244,6 @@ def test_stored_reference_is_matched_by_id():
 
 # ---- PPO -------------------------------------------------------------------------------------------------------------
 
-SAMPLING = Sampling(temperature=1.0, max_new_tokens=2)
-
 
 def rl_settings(method="ppo", **changes) -> Rl:
     params = config.read_params(config.Path(__file__).parents[1] / "profiles" / "default.yaml")
@@ -271,17 +252,14 @@ def rl_settings(method="ppo", **changes) -> Rl:
 
 
 def run_ppo(
-    tokenizer, settings, corpus=(), seed=0, log=silent, sampling=SAMPLING, model=None, reference=None, reward=None
+    tokenizer, settings, corpus=(), seed=0, log=silent, max_new_tokens=2, model=None, reference=None, reward=None
 ):
     model = model or small_model(tokenizer, scale=2.0)
     reference = reference or copy.deepcopy(model)
-    policy = Policy(model, sampling.temperature)
-    prompts = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]]
-    policy_gradient.train(
-        policy, Policy(reference, sampling.temperature), reward or scorer(tokenizer), tokenizer, prompts, ["p0", "p1"], corpus,
-        settings, sampling, seed, NoWatch(), log, "x",
-    )  # fmt: skip
-    return policy
+    networks = Networks(Policy(model, 1.0), Policy(reference, 1.0), reward or scorer(tokenizer))
+    prompts = Prompts([[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]], ["p0", "p1"])
+    policy_gradient.train(networks, prompts, corpus, settings, max_new_tokens, seed, NoWatch(), log, "x")
+    return networks.policy
 
 
 def test_at_step_0_ratio_is_1_and_kl_is_0(tokenizer):
@@ -311,9 +289,7 @@ def test_dropout_stops_the_run(tokenizer):
 def test_ppo_does_not_depend_on_micro_batches(tokenizer, monkeypatch):
     def trained(tokens):
         monkeypatch.setenv("RLHF_MICRO_TOKENS", tokens)
-        return weights(
-            run_ppo(tokenizer, rl_settings(iterations=1), sampling=Sampling(temperature=1.0, max_new_tokens=9))
-        )
+        return weights(run_ppo(tokenizer, rl_settings(iterations=1), max_new_tokens=9))
 
     assert (trained("100000") - trained("24")).abs().max() < 5e-5
 
@@ -330,8 +306,7 @@ def test_ptx_keeps_the_corpus(tokenizer, examples):
     changes = {"iterations": 6, "learning_rate": 3e-3, "ptx_batch": 8}
     kept = run_ppo(tokenizer, rl_settings(ptx_coefficient=5.0, **changes), corpus=examples)
     lost = run_ppo(tokenizer, rl_settings(**changes))
-    pad = tokenizer.pad_token_id
-    assert sum(log_likelihoods(kept, examples, pad)) > sum(log_likelihoods(lost, examples, pad)) + 10
+    assert sum(log_likelihoods(kept, examples)) > sum(log_likelihoods(lost, examples)) + 10
 
 
 def test_the_adaptive_coefficient_moves(tokenizer):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from rlhf_vs_dpo.evaluation import tables, whole
+from rlhf_vs_dpo.evaluation import views, whole
 from rlhf_vs_dpo.report import words
 
 ROWS = ["sft", *synthetic.METHODS, "control_tokens [BAD]", "best_of_4"]
@@ -29,11 +29,11 @@ def test_rows_are_methods_and_best_of_n(found):
     assert found["methods"]["best_of_4"]["corpus_perplexity"]["mean"] is None
 
 
-def test_a_mean_over_seeds_is_that_of_its_runs(found):
+def test_a_mean_over_lines_is_that_of_its_runs(found):
     runs = [run["gold"] for run in found["runs"]["ppo"].values()]
     assert found["methods"]["ppo"]["gold"]["mean"] == pytest.approx(np.mean(runs))
     assert found["spread"]["ppo"]["standard_deviation"] == pytest.approx(np.std(runs, ddof=1))
-    assert found["spread"]["sft"]["standard_deviation"] is None
+    assert found["spread"]["sft"]["lines"] == 3 and list(found["runs"]["sft"]) == ["sft-0", "sft-1", "sft-2"]
 
 
 def test_differences_are_of_every_two_rows_and_corrected(found):
@@ -47,7 +47,7 @@ def test_differences_are_of_every_two_rows_and_corrected(found):
     assert gap["wins"] == pytest.approx(0.5 * (1 + math.erf(0.5 / math.sqrt(2) / 0.5 / math.sqrt(2))), abs=0.05)
 
 
-def test_a_collapsed_seed_is_counted_by_the_definition_in_params():
+def test_a_collapsed_line_is_counted_by_the_definition_in_params():
     results = synthetic.found(collapsed=("dpo-1",))
     assert results["spread"]["control_tokens [BAD]"]["collapsed"] == 1.0  # a way to prompt it, worse on purpose
     assert "1 of 12 runs collapsed" in words.verdict(results)[2]  # and no run of its own
@@ -88,24 +88,26 @@ def test_costs_follow_what_is_needed(found):
 
 
 def test_tables_for_dvc_and_mlflow(found):
-    rows = tables.of_methods(found)
+    rows = views.of_methods(found)
     assert set(rows) == {*ROWS[:5], "control_tokens_BAD", "best_of_4"}
     assert "collapsed" in rows["ppo"] and "collapsed" not in rows["control_tokens_BAD"]
     assert rows["ppo"]["gold_low"] < rows["ppo"]["gold"] < rows["ppo"]["gold_high"] and len(rows["ppo"]) < 20
-    assert tables.file_name("control_tokens [BAD]") == "control_tokens_BAD"
-    assert list(tables.comparison(found)["policy"]) == list(found["methods"])
-    assert len(tables.paths(found)) == 24
-    assert tables.best_of_n(found)["value"].notna().all()
-    entries = tables.for_tracking(found, synthetic.inputs())
+    assert views.file_name("control_tokens [BAD]") == "control_tokens_BAD"
+    assert list(views.comparison(found)["policy"]) == list(found["methods"])
+    assert len(views.paths(found)) == 24
+    assert views.best_of_n(found)["value"].notna().all()
+    entries = views.for_tracking(found, synthetic.inputs())
     folders = [f"{m}-{seed}" for m in synthetic.METHODS for seed in range(3)]
     bad = [f"control_tokens-{seed}" for seed in range(3)]  # the other prompt's numbers go to the same runs
-    assert [e["folder"] for e in entries] == ["sft", *folders, *bad, "best_of_4"]
-    assert all(name.startswith("evaluation BAD/") for name in entries[-2]["metrics"])
-    ppo = entries[1]
+    best = [f"best_of_4-{seed}" for seed in range(3)]
+    assert [e["folder"] for e in entries] == [*(f"sft-{seed}" for seed in range(3)), *folders, *bad, *best]
+    assert [e["seed"] for e in entries] == [0, 1, 2] * 7
+    assert all(name.startswith("evaluation BAD/") for name in entries[-4]["metrics"])
+    ppo = entries[3]
     assert ppo["settings"]["algorithm"] == "ppo" and ppo["metrics"]["validation/gold"] == found["validation"]["ppo-0"]
     assert [step for step, _ in ppo["steps"]] == [0, 1, 2, 3, 4, 5] and len(ppo["samples"]) == 50
     names = [
-        {n for n in e["metrics"] if n.startswith("evaluation/")} - {"evaluation/pair_accuracy"} for e in entries[:10]
+        {n for n in e["metrics"] if n.startswith("evaluation/")} - {"evaluation/pair_accuracy"} for e in entries[:12]
     ]
     assert all(n == names[0] for n in names)
 
@@ -113,7 +115,7 @@ def test_tables_for_dvc_and_mlflow(found):
 def test_training_curves_are_put_side_by_side(tmp_path):
     (tmp_path / "dpo-0.csv").write_text("step,loss,pairs/margin\n" + "".join(f"{s},{s},1\n" for s in range(1, 81)))
     (tmp_path / "dpo-1.csv").write_text("step,loss,pairs/margin\n" + "".join(f"{s},{s + 2},3\n" for s in range(1, 81)))
-    shown = tables.learning(tmp_path, {"sft": ["sft"], "dpo": ["dpo-0", "dpo-1"], "ppo": ["ppo-0"]})
+    shown = views.learning(tmp_path, {"sft": ["sft-0"], "dpo": ["dpo-0", "dpo-1"], "ppo": ["ppo-0"]})
     assert set(shown["policy"]) == {"dpo"} and len(shown) == 40 and (shown["margin"] == 2.0).all()
     assert shown["loss"].iloc[0] == pytest.approx(2.5) and shown["share"].iloc[-1] == 1.0
 
@@ -136,16 +138,22 @@ def variants():
     yield (
         "no fillers",
         {},
-        lambda inputs: replace(inputs, pairs=inputs.pairs | {"filler": {"chosen": None, "rejected": None}}),
+        lambda inputs: replace(
+            inputs, pairs={s: p | {"filler": {"chosen": None, "rejected": None}} for s, p in inputs.pairs.items()}
+        ),
     )
-    yield "no pairs of ours", {}, lambda inputs: replace(inputs, pairs={"pairs": {"train": 3}}, own_pairs=True)
+    yield (
+        "no pairs of ours",
+        {},
+        lambda inputs: replace(inputs, pairs={s: {"pairs": {"train": 3}} for s in inputs.seeds}, own_pairs=True),
+    )
     yield "no gold", {}, without_gold
-    yield "a seed that never ends", {"collapsed": ("dpo-1",)}, lambda inputs: without_gold(silent(inputs, "dpo-1"))
+    yield "a line that never ends", {"collapsed": ("dpo-1",)}, lambda inputs: without_gold(silent(inputs, "dpo-1"))
     yield (
         "a smaller pool",
         {},
         lambda inputs: replace(
-            inputs, pool=inputs.pool[(inputs.pool["split"] != "test") | (inputs.pool["prompt_id"] < "p020")]
+            inputs, pool={s: p[(p["split"] != "test") | (p["prompt_id"] < "p020")] for s, p in inputs.pool.items()}
         ),
     )
 
@@ -166,7 +174,8 @@ def without_gold(inputs):
 
     return replace(
         inputs, samples={f: blank(t) for f, t in inputs.samples.items()}, watched={f: blank(t) for f, t in inputs.watched.items()},
-        pool=blank(inputs.pool), demonstrations=blank(inputs.demonstrations), pairs={}, own_pairs=True,
+        pool={s: blank(p) for s, p in inputs.pool.items()}, demonstrations={s: blank(d) for s, d in inputs.demonstrations.items()},
+        pairs={s: {} for s in inputs.seeds}, own_pairs=True,
     )  # fmt: skip
 
 

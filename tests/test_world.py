@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rlhf_vs_dpo import tables
-from rlhf_vs_dpo.preferences import annotator, gold
 from rlhf_vs_dpo.config import Annotator, Flaws, MiniTldr
-from rlhf_vs_dpo.sources import mini_tldr
 from rlhf_vs_dpo.language.text import word_tokenizer
+from rlhf_vs_dpo.preferences import annotator, gold
+from rlhf_vs_dpo.sources import mini_tldr
 
 FLAWS = Flaws(omit=0.25, invent=0.1, distract=0.2, filler=0.2, repeat=0.1, state_time=0.5)
 PERFECT = Flaws(omit=0, invent=0, distract=0, filler=0, repeat=0, state_time=1)

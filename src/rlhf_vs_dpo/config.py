@@ -605,7 +605,9 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
     twice = {name for name in everywhere if everywhere.count(name) > 1}
     faults += [f"{place}: {name!r} is listed under several families of `policies`" for name in sorted(twice)]
     rows = {f"best_of_{n}" for n in policies.best_of_n} if policies else set()
-    taken = {"sft", "base", "reward", "preferences", "reference", "pool", "theory", *rows} & set(everywhere)
+    taken = {"sft", "base", "reward", "preferences", "reference", "pool", "demonstrations", "theory", *rows} & set(
+        everywhere
+    )
     faults += [f"{place}: `policies` lists {name}; that name is taken, choose another" for name in sorted(taken)]
     if policies and len(set(policies.best_of_n)) < len(policies.best_of_n):
         faults.append(f"{place}: `policies.best_of_n` lists a number twice")
@@ -655,9 +657,9 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
 
 
 def folders(policies: Policies, seeds: list[int]) -> dict[str, list[str]]:
-    """Method -> its folders under models/, one for each seed; the SFT policy first, which has none."""
-    methods = [name for family in FAMILIES for name in getattr(policies, family)]
-    return {"sft": ["sft"]} | {method: [f"{method}-{seed}" for seed in seeds] for method in methods}
+    """Method -> its folders under models/, one for each line; the SFT policy first."""
+    methods = ["sft", *(name for family in FAMILIES for name in getattr(policies, family))]
+    return {method: [f"{method}-{seed}" for seed in seeds] for method in methods}
 
 
 def families(policies: Policies) -> dict[str, str]:

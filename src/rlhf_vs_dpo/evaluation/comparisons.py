@@ -73,15 +73,15 @@ def own_best(path: Path, metric: str, resamples: Resamples, seed: int) -> tuple[
     Cross-fitted: half of the validation prompts choose the point, the other half say what it is worth, and the other way
     round. Choosing and measuring on the same prompts would reward noise. None where there is nothing to choose by.
     """
-    top, bottom = path.sums[metric]  # (seeds, K, prompts)
-    seeds, _points, prompts = top.shape
+    top, bottom = path.sums[metric]  # (lines, K, prompts)
+    lines, _points, prompts = top.shape
     if prompts < 4 or not bottom.sum():
         return None
     half = np.zeros(prompts, dtype=bool)
     half[np.random.default_rng(seed).permutation(prompts)[: prompts // 2]] = True
     weights = np.concatenate([np.ones((1, prompts)), resamples.units(path.kind, prompts)])  # the first is the estimate
-    best = np.zeros((len(weights), seeds))
-    last = np.zeros((len(weights), seeds))
+    best = np.zeros((len(weights), lines))
+    last = np.zeros((len(weights), lines))
     where = []
     for chooses in (half, ~half):
         curves = {}
@@ -89,10 +89,10 @@ def own_best(path: Path, metric: str, resamples: Resamples, seed: int) -> tuple[
             w = weights * part
             with np.errstate(invalid="ignore", divide="ignore"):
                 curves[name] = np.einsum("bp,skp->bsk", w, top) / np.einsum("bp,skp->bsk", w, bottom)
-        chosen = np.where(np.isfinite(curves["choose"]), curves["choose"], -np.inf).argmax(-1)  # (resamples, seeds)
+        chosen = np.where(np.isfinite(curves["choose"]), curves["choose"], -np.inf).argmax(-1)  # (resamples, lines)
         best += 0.5 * np.take_along_axis(curves["measure"], chosen[..., None], -1)[..., 0]
         last += 0.5 * curves["measure"][..., -1]
         where.append(path.share[chosen[0]])
-    value = resamples.combine(path.method, best[0], best[1:], prompts)
-    gained = resamples.combine(path.method, best[0] - last[0], best[1:] - last[1:], prompts)
+    value = resamples.combine(best[0], best[1:], prompts)
+    gained = resamples.combine(best[0] - last[0], best[1:] - last[1:], prompts)
     return value, gained, float(np.mean(where))

@@ -5,15 +5,15 @@ r"""What a method costs, with all that it needs before it can start.
 N is the number of weights outside the table of embeddings; `trained` counts a token once for each network and pass that
 learns from it (forward and backward), `generated` those sampled, `read` those run forward only: prompts, and texts that a
 reference, a reward model or a value network looks at. Attention's share, quadratic in length, is left out, as there. What
-only watches or judges (held-out samples, evaluation) is left out of tokens and FLOPs; seconds are of whole stages.
+only watches or judges (held-out samples, evaluation) is left out of tokens and FLOPs; seconds and memory, which are of the machine, are kept apart (`of_machine`).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 POOL_KEYS = ("train_prompts", "train_samples")  # of the pool stage: what whoever learns from it must choose
-COUNTED = ("seconds", "flops", "tokens_trained", "tokens_generated", "tokens_read")
+COUNTED = ("flops", "tokens_trained", "tokens_generated", "tokens_read")
 
 
 def flops(run: dict[str, Any]) -> float:
@@ -24,8 +24,8 @@ def flops(run: dict[str, Any]) -> float:
 
 def of_stage(run: dict[str, Any], share: float = 1.0) -> dict[str, float]:
     """What counts of a stage's cost; of the pool, only the share that methods learn from."""
-    counted = {name: float(run.get(name, 0)) for name in COUNTED if name != "flops"}
-    return {name: value * share for name, value in (counted | {"flops": flops(run)}).items()}
+    counted = {name: float(run.get(name, 0)) for name in COUNTED} | {"flops": flops(run)}
+    return {name: value * share for name, value in counted.items()}
 
 
 def needs(family: str, kind: str) -> list[str]:
@@ -55,25 +55,48 @@ def hyperparameters(settings: BaseModel, tag: str) -> int:
     return leaves(settings.model_dump(exclude={tag}))
 
 
-def of_method(
-    runs: list[dict[str, Any]], upstream: dict[str, dict[str, Any]], shares: dict[str, float]
-) -> dict[str, Any]:
-    """Cost of a method: `own` as a mean over its seeds, `upstream` of the stages it needs, and `total` of both.
+class Line(NamedTuple):
+    """What a method did in one line, from run files: its own run, and those of the stages that it needs, by name.
 
-    shares    of an upstream stage that is for learning (the pool is also for measuring)
-    Peak memory and models held are the most that any of these stages needed at once.
+    `shares` say what part of an upstream stage is for learning (the pool is also for measuring).
     """
-    own = {name: sum(of_stage(run)[name] for run in runs) / len(runs) for name in COUNTED}
+
+    own: dict[str, Any]
+    upstream: dict[str, dict[str, Any]]
+    shares: dict[str, float]
+
+
+def of_method(lines: list[Line]) -> dict[str, Any]:
+    """Cost of a method, means over lines: `own`, `upstream` of the stages it needs, and `total` of both.
+
+    Models held are the most that any of these stages needed at once.
+    """
+    own = {name: _mean([of_stage(line.own)[name] for line in lines]) for name in COUNTED}
     before = {
-        name: sum(of_stage(run, shares.get(stage, 1.0))[name] for stage, run in upstream.items()) for name in COUNTED
+        name: _mean(
+            [sum(of_stage(run, line.shares.get(s, 1.0))[name] for s, run in line.upstream.items()) for line in lines]
+        )
+        for name in COUNTED
     }
-    everything = [*runs, *upstream.values()]
     return {
         "own": own,
         "upstream": before,
         "total": {name: own[name] + before[name] for name in COUNTED},
-        "needs": list(upstream),
-        "peak_memory_mib": max(run.get("peak_memory_mib", 0.0) for run in everything),
-        "models_held": max(run.get("models_held", 0) for run in everything),
-        "device": runs[0]["device"],
+        "needs": list(lines[0].upstream),
+        "models_held": max(run.get("models_held", 0) for line in lines for run in (line.own, *line.upstream.values())),
     }
+
+
+def of_machine(lines: list[Line]) -> dict[str, float]:
+    """What a method took of the machine that ran it, means over lines: `own_seconds`, `total_seconds` with what it needs,
+    `peak_memory_mib` of any of these stages."""
+    own = _mean([line.own.get("seconds", 0.0) for line in lines])
+    before = _mean(
+        [sum(r.get("seconds", 0.0) * line.shares.get(s, 1.0) for s, r in line.upstream.items()) for line in lines]
+    )
+    peak = max(run.get("peak_memory_mib", 0.0) for line in lines for run in (line.own, *line.upstream.values()))
+    return {"own_seconds": own, "total_seconds": own + before, "peak_memory_mib": peak}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,6 +1,6 @@
 """From samples to numbers: the same for every policy, blind to the method that made it.
 
-A row of the comparison is a method; its policies differ in their seed alone. Everything is first summed per prompt (or
+A row of the comparison is a method, with a policy in each line, measured against the SFT policy and the reward model of that line. Everything is first summed per prompt (or
 document, or fact) for each policy, then averaged and resampled by `statistics`.
 """
 
@@ -42,13 +42,17 @@ Interval = dict[str, float | None]
 
 
 class Sums(NamedTuple):
-    """Sums of a metric and of what it is a mean of, per unit of a kind: two arrays (units,). A `share` lies in [0, 1]."""
+    """Sums of a metric and of what it is a mean of, per unit of a kind: two arrays (units,). A `share` lies in [0, 1].
+
+    `names` are those of the units, where they differ between lines; None where all lines have the same.
+    """
 
     kind: str
     numerator: np.ndarray
     denominator: np.ndarray
     transform: Callable = same
     share: bool = False
+    names: list[str] | None = None
 
 
 class Measured(NamedTuple):
@@ -153,26 +157,36 @@ def pair_accuracy(pairs: pd.DataFrame) -> Sums:
     """How often the chosen response has the higher reward, per prompt; a tie is half right."""
     right = (pairs["chosen"] > pairs["rejected"]) + 0.5 * (pairs["chosen"] == pairs["rejected"])
     sums = pd.DataFrame({"right": right, "count": 1.0}).groupby(pairs["prompt_id"]).sum()
-    return Sums("prompt with a pair", sums["right"].to_numpy(), sums["count"].to_numpy(), share=True)
+    return Sums(
+        "prompt with a pair", sums["right"].to_numpy(), sums["count"].to_numpy(), share=True, names=list(sums.index)
+    )
 
 
-def row(method: str, policies: list[Measured], resamples: Resamples) -> dict[str, Estimate | None]:
-    """The metrics of a method, over the policies of all its seeds; None where nothing was measured."""
+def row(policies: list[Measured], resamples: Resamples) -> dict[str, Estimate | None]:
+    """The metrics of a method, over its policies, one for each line; None where nothing was measured."""
     estimates: dict[str, Estimate | None] = dict.fromkeys(METRICS)
-    for name in policies[0].sums:
-        first = policies[0].sums[name]
-        top, bottom = (
-            np.stack([getattr(p.sums[name], part) for p in policies]) for part in ("numerator", "denominator")
-        )
-        estimates[name] = resamples.ratio(method, first.kind, top, bottom, first.transform, first.share)
+    for name, first in policies[0].sums.items():
+        top, bottom = _aligned([p.sums[name] for p in policies])
+        estimates[name] = resamples.ratio(first.kind, top, bottom, first.transform, first.share)
     fits = [p.equal_length for p in policies]
     if all(found is not None for found in fits):
         units = len(fits[0].influence)
         weights = resamples.units("prompt", units)
         each = np.array([found.win_rate for found in fits])
         drawn = np.stack([found.resampled(weights) for found in fits], axis=1)
-        estimates["length_controlled_win_rate"] = resamples.combine(method, each, drawn, units, limits=(0.0, 1.0))
+        estimates["length_controlled_win_rate"] = resamples.combine(each, drawn, units, limits=(0.0, 1.0))
     return estimates
+
+
+def _aligned(sums: list[Sums]) -> tuple[np.ndarray, np.ndarray]:
+    """Numerators and denominators of all lines, (lines, units): a unit that a line lacks counts nothing there."""
+    if sums[0].names is None:
+        return np.stack([s.numerator for s in sums]), np.stack([s.denominator for s in sums])
+    names = sorted(set().union(*(s.names for s in sums)))
+    return tuple(
+        np.stack([pd.Series(values, s.names).reindex(names, fill_value=0.0) for s, values in pairs])
+        for pairs in ([(s, s.numerator) for s in sums], [(s, s.denominator) for s in sums])
+    )
 
 
 def intervals(estimates: dict[str, Estimate | None]) -> dict[str, Interval]:

@@ -42,14 +42,14 @@ class Law(NamedTuple):
 
 
 def _interval(path: Path, value: float, draws: np.ndarray, metric: str) -> tuple[float, float, float]:
-    """A number made of the whole path, with its interval over prompts and seeds.
+    """A number made of the whole path, with its interval over prompts and lines.
 
-    Seeds have the share of its variance that they have of the metric's at the end of the path (of what of it was measured).
+    Lines have the share of its variance that they have of the metric's at the end of the path (of what of it was measured).
     """
     end = [point for point in path.points[metric] if np.isfinite(point.value)][-1]
     variance = float(np.nanvar(end.draws, ddof=1))
-    share = end.seed_variance / variance if variance > 0 else 0.0
-    found = Estimate(float(value), draws, share * float(np.nanvar(draws, ddof=1)), end.seeds, end.units).interval()
+    share = end.line_variance / variance if variance > 0 else 0.0
+    found = Estimate(float(value), draws, share * float(np.nanvar(draws, ddof=1)), end.lines, end.units).interval()
     return found["mean"], found["low"], found["high"]
 
 

@@ -1,4 +1,4 @@
-"""What a method went through: its metrics at the watched points of training, on validation prompts, over all its seeds.
+"""What a method went through: its metrics at the watched points of training, on validation prompts, over all lines.
 
 The three comparisons that are fair in one respect each are read off these paths (`comparisons`), and so are the laws of
 over-optimisation (`overoptimisation`). Nothing here has seen a test prompt.
@@ -19,7 +19,7 @@ SHARES = ("filler", "finished")
 class Path:
     """Points along training: `share` (K,) of it, 0 to 1, and per metric one estimate for each point.
 
-    sums            per metric, numerators and denominators (seeds, K, prompts), for choices that each run makes for itself
+    sums            per metric, numerators and denominators (lines, K, prompts), for choices that each run makes for itself
     kind            what is resampled: the prompts that were watched
     """
 
@@ -39,18 +39,18 @@ class Path:
     def estimate(self, value: float, draws: np.ndarray, metric: str, place: float) -> Estimate:
         """What was read off this path at point `place` (2.5: halfway between the third and the fourth), in each resample.
 
-        Seeds have the part of the variance that they have there; resamples in which there was nothing to read are left out.
+        Lines have the part of the variance that they have there; resamples in which there was nothing to read are left out.
         """
         points = self.points[metric]
-        between = float(np.interp(place, np.arange(len(points)), [point.seed_variance for point in points]))
+        between = float(np.interp(place, np.arange(len(points)), [point.line_variance for point in points]))
         variance = float(np.nanvar(draws, ddof=1)) if np.isfinite(draws).sum() > 1 else 0.0
         around = points[int(np.floor(place))], points[int(np.ceil(place))]
-        seeds, units = min(point.seeds for point in around), min(point.units for point in around)
-        return Estimate(value, draws, min(between, variance), seeds, units)
+        lines, units = min(point.lines for point in around), min(point.units for point in around)
+        return Estimate(value, draws, min(between, variance), lines, units)
 
 
 def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -> Path:
-    """The path of a method from the `watched` tables of its seeds."""
+    """The path of a method from the `watched` tables of its lines."""
     steps = sorted(tables[0]["step"].unique())
     prompts = sorted(tables[0]["prompt_id"].unique())
     frames = [table.assign(kl=table["logp"] - table["reference_logp"]) for table in tables]
@@ -62,7 +62,7 @@ def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -
             values = wide.to_numpy(float)
             tops.append(np.nan_to_num(values))
             bottoms.append(np.isfinite(values).astype(float))
-        return np.stack(tops), np.stack(bottoms)  # (seeds, K, prompts)
+        return np.stack(tops), np.stack(bottoms)  # (lines, K, prompts)
 
     return _path(
         method, np.array(steps) / max(steps[-1], 1), {m: sums(m) for m in WATCHED}, "validation prompt", resamples
@@ -71,19 +71,17 @@ def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -
 
 def _path(method: str, share: np.ndarray, sums: dict, kind: str, resamples: Resamples) -> Path:
     points = {
-        metric: [
-            resamples.ratio(method, kind, top[:, k], bottom[:, k], share=metric in SHARES) for k in range(len(share))
-        ]
+        metric: [resamples.ratio(kind, top[:, k], bottom[:, k], share=metric in SHARES) for k in range(len(share))]
         for metric, (top, bottom) in sums.items()
     }
     return Path(method, share, points, sums, kind)
 
 
-def of_best_of_n(rows: dict[int, dict], resamples: Resamples, kind: str) -> Path:
-    """The path of best-of-n over n: {n: sums of `measure.policy`}; `share` is n itself."""
+def of_best_of_n(rows: dict[int, list[dict]], resamples: Resamples, kind: str) -> Path:
+    """The path of best-of-n over n: {n: sums of `measure.policy` of each line}; `share` is n itself."""
     sums = {
         metric: tuple(
-            np.stack([getattr(row[metric], part) for row in rows.values()])[None]
+            np.stack([[getattr(line[metric], part) for line in lines] for lines in rows.values()], axis=1)
             for part in ("numerator", "denominator")
         )
         for metric in WATCHED

@@ -1,24 +1,28 @@
-r"""Intervals by bootstrap over prompts, and over seeds together with them (Efron and Tibshirani 1993).
+r"""Intervals by bootstrap over prompts, and over lines together with them (Efron and Tibshirani 1993).
 
-Responses to one prompt are not independent, so that prompts are resampled, never responses. All policies share one set of
-resampled prompts: a difference between two of them is paired over prompts. Where a method ran with several seeds, each
-resample draws seeds too, S - 1 of S of them (Rao and Wu 1988: drawing all S would understate the variance of a mean by
-(S-1)/S); seeds of two methods are drawn apart, as if they had nothing in common. A resample is then
+A line is a run of the whole pipeline from one seed: its own SFT policy, pairs, reward model and policies. Responses to one
+prompt are not independent, so that prompts are resampled, never responses; and all that comes of one line shares its SFT
+policy, pairs and reward model, so that lines are resampled whole. Every policy of every line sees the same resampled
+prompts. A difference between two methods is taken within each line first: what the line gives to both cancels.
 
-    value + (effect of its prompts) + c (effect of its seeds),      c^2 = max(V(seeds) - V(noise), 0) / V(seeds)
+Where there are several lines, each resample draws S - 1 of S of them (Rao and Wu 1988: drawing all S would understate the
+variance of a mean by (S-1)/S). A resample is then
 
-for the noise of single answers varies with prompts and with seeds, and would count twice (Owen 2007, The pigeonhole
-bootstrap).
+    value + (effect of its prompts) + c (effect of its lines),      c^2 = max(V(lines) - V(noise), 0) / V(lines)
 
-One seed: percentile intervals, their distance from the estimate stretched by t / z with units - 1 degrees of freedom (after
-Hesterberg 2015, arXiv:1411.5279, section 5.3). Several: percentiles of four seeds are but a handful of numbers, and Student's
-t has to say how little four tell. With variances V_i of levels that have t_i (prompts; seeds, by Welch's degrees of freedom
-where two methods differ), there are two ways to add up,
+for the noise of single answers varies with prompts and with lines, and would count twice (Owen 2007, The pigeonhole
+bootstrap). It counts as the lines': how well S means are known, S - 1 degrees of freedom say, whatever it is that they differ by.
 
-    t(Satterthwaite's degrees of freedom) * sqrt(V_1 + V_2)         covers 87 to 95 % with two seeds, 93 to 95 % with three
-    sqrt(t_1^2 V_1 + t_2^2 V_2)         (Zou and Donner 2008)       covers 95 to 99 % with two seeds, 95 to 98 % with three
+One line: percentile intervals, their distance from the estimate stretched by t / z with units - 1 degrees of freedom (after
+Hesterberg 2015, arXiv:1411.5279, section 5.3); they say nothing of another line. Several: percentiles of four lines are but
+a handful of numbers, and Student's t has to say how little four tell. With variances V_i of the two levels, prompts and
+lines, that have t_i, there are two ways to add up,
 
-and the half width used is their mean, which covers 94 to 97 % with three seeds or more (tests/test_statistics.py).
+    t(Satterthwaite's degrees of freedom) * sqrt(V_1 + V_2)         covers 87 to 95 % with two lines, 93 to 95 % with three
+    sqrt(t_1^2 V_1 + t_2^2 V_2)         (Zou and Donner 2008)       covers 95 to 99 % with two lines, 95 to 98 % with three
+
+and the half width used is their mean: it covers 94 to 98 % with three lines or more, and up to 99 % where lines differ by the noise
+of single answers alone (tests/evaluation/test_statistics.py).
 """
 
 from collections.abc import Callable
@@ -39,71 +43,86 @@ def same(values):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and how it varies: its value in each bootstrap resample, and how much of the variance each level has.
+    """A number and how it varies: its value in each bootstrap resample, and how much of the variance lines have.
 
-    value           the estimate, before `transform`
+    value           the estimate, a mean over lines, before `transform`
     draws           (B,) the same in each resample; NaN where a resample had nothing to measure
-    seed_variance   the part of the draws' variance that is between seeds; 0 for one seed
-    seeds, units    how many there are of each
+    line_variance   the part of the draws' variance by which the means of lines differ; 0 for one line
+    lines, units    how many there are of each
     limits          what the number cannot exceed: 0 and 1, for a share
     transform       monotone, applied to what is shown (exp for a perplexity)
+    each, drawn     (S,) and (B, S): the estimate of each line, NaN where it has none, and that in each resample of the
+                    units alone; what differences are made of. None for numbers that are read off others
     """
 
     value: float
     draws: np.ndarray
-    seed_variance: float = 0.0
-    seeds: int = 1
+    line_variance: float = 0.0
+    lines: int = 1
     units: int = 2
     limits: tuple[float, float] = (-np.inf, np.inf)
     transform: Callable = field(default=same, compare=False)
+    each: np.ndarray | None = None
+    drawn: np.ndarray | None = None
 
     @property
     def standard_error(self) -> float:
         return float(np.nanstd(self.draws, ddof=1))
-
-    @property
-    def levels(self) -> list[tuple[float, int]]:
-        """(variance, degrees of freedom) of each level above the prompts."""
-        return [(self.seed_variance, self.seeds - 1)] if self.seeds > 1 else []
 
     def interval(self) -> dict[str, float | None]:
         """`mean` and the 95 % interval `low`, `high`; all null where nothing was measured, or on a single unit, which says
         nothing of another."""
         if self.units < 2 or not np.isfinite(self.value) or np.isnan(self.draws).all():
             return dict(NOTHING)
-        low, high = _ends(self.value, self.draws, self.levels, self.units - 1)
-        ends = sorted(float(self.transform(np.clip(end, *self.limits))) for end in (low, high))
+        ends = sorted(float(self.transform(np.clip(end, *self.limits))) for end in self._ends())
         return {"mean": float(self.transform(self.value)), "low": ends[0], "high": ends[1]}
 
+    def p_value(self) -> float | None:
+        """Of a true value of 0: the smallest alpha whose interval leaves 0 out; None where there is no interval.
 
-def _ends(value: float, draws: np.ndarray, levels: list[tuple[float, int]], freedom: int) -> tuple[float, float]:
-    """The ends of a 95 % interval, as the head of this file says."""
-    if levels:
-        half = _half_width(0.05, draws, levels, freedom)
-        return value - half, value + half
-    stretch = float(stats.t.ppf(0.975, max(freedom, 1))) / Z
-    low, high = value + stretch * (np.nanpercentile(draws, [2.5, 97.5]) - value)
-    return float(low), float(high)
+        That interval is of the bootstrap's variances and Student's t: a share of resamples could not be smaller than one in
+        their number, which is too coarse to be corrected for many comparisons. (With one line the interval shown is of
+        percentiles, and may disagree with p near the edge.)
+        """
+        if self.interval() == NOTHING:
+            return None
 
+        def beyond(log_alpha: float) -> float:
+            return self._half_width(float(np.exp(log_alpha))) - abs(self.value)
 
-def _half_width(alpha: float, draws: np.ndarray, levels: list[tuple[float, int]], freedom: int) -> float:
-    """Half the width of a 1 - alpha interval, as the head of this file says."""
-    above = sum(variance for variance, _ in levels)
-    rest = max(float(np.nanvar(draws, ddof=1)) - above, 0.0)
-    parts = [(rest, float(max(freedom, 1)))]
-    if above > 0:
-        parts.append((above, above**2 / sum(variance**2 / count for variance, count in levels)))
-    total = sum(variance for variance, _ in parts)
-    if not total > 0:
-        return 0.0
-    together = total**2 / sum(variance**2 / count for variance, count in parts)
-    narrow = total**0.5 * float(stats.t.isf(alpha / 2, together))
-    wide = sum(variance * float(stats.t.isf(alpha / 2, count)) ** 2 for variance, count in parts) ** 0.5
-    return (narrow + wide) / 2
+        smallest = np.log(1e-12)
+        if np.nanvar(self.draws) == 0 or beyond(0.0) > 0:  # a half width of 0 at alpha = 1
+            return float(self.value == 0)
+        if beyond(smallest) < 0:
+            return 1e-12
+        return float(np.exp(optimize.brentq(beyond, smallest, 0.0)))
+
+    def _ends(self) -> tuple[float, float]:
+        """The ends of a 95 % interval, as the head of this file says."""
+        if self.lines > 1:
+            half = self._half_width(0.05)
+            return self.value - half, self.value + half
+        stretch = float(stats.t.ppf(0.975, max(self.units - 1, 1))) / Z
+        low, high = self.value + stretch * (np.nanpercentile(self.draws, [2.5, 97.5]) - self.value)
+        return float(low), float(high)
+
+    def _half_width(self, alpha: float) -> float:
+        """Half the width of a 1 - alpha interval, as the head of this file says."""
+        rest = max(float(np.nanvar(self.draws, ddof=1)) - self.line_variance, 0.0)
+        parts = [(rest, float(max(self.units - 1, 1)))]
+        if self.line_variance > 0:
+            parts.append((self.line_variance, float(self.lines - 1)))
+        total = sum(variance for variance, _ in parts)
+        if not total > 0:
+            return 0.0
+        together = total**2 / sum(variance**2 / count for variance, count in parts)
+        narrow = total**0.5 * float(stats.t.isf(alpha / 2, together))
+        wide = sum(variance * float(stats.t.isf(alpha / 2, count)) ** 2 for variance, count in parts) ** 0.5
+        return (narrow + wide) / 2
 
 
 class Resamples:
-    """The resamples that everything shares: of the units of each kind, and of the seeds of each method."""
+    """The resamples that everything shares: of the units of each kind, and of lines."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
@@ -116,83 +135,60 @@ class Resamples:
             self._units[key] = self._stream(kind).multinomial(units, np.full(units, 1 / units), size=self.count)
         return self._units[key]
 
-    def seeds(self, method: str, seeds: int) -> np.ndarray:
-        """(count, seeds) weights that sum to 1: S - 1 of S seeds drawn, with replacement; all of it for one seed."""
-        if seeds == 1:
+    def lines(self, lines: int) -> np.ndarray:
+        """(count, lines) weights that sum to 1: S - 1 of S lines drawn, with replacement; all of it for one line."""
+        if lines == 1:
             return np.ones((self.count, 1))
-        drawn = self._stream(f"seeds of {method}").multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=self.count)
-        return drawn / (seeds - 1)
+        drawn = self._stream("lines").multinomial(lines - 1, np.full(lines, 1 / lines), size=self.count)
+        return drawn / (lines - 1)
 
     def _stream(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, crc32(name.encode())])
 
     def ratio(
-        self, method: str, kind: str, numerator: np.ndarray, denominator: np.ndarray, transform: Callable = same,
-        share: bool = False,
-    ) -> Estimate:  # fmt: skip
-        """The mean over seeds of sum(numerator) / sum(denominator) over units, for a method.
+        self, kind: str, numerator: np.ndarray, denominator: np.ndarray, transform: Callable = same, share: bool = False
+    ) -> Estimate:
+        """The mean over lines of sum(numerator) / sum(denominator) over units.
 
-        numerator, denominator: (seeds, units) sums of a metric and of its responses per prompt, so that prompts with
-        more usable responses weigh more. `transform` acts on the mean; a `share` lies between 0 and 1. Seeds without any
+        numerator, denominator: (lines, units) sums of a metric and of its responses per prompt, so that prompts with
+        more usable responses weigh more. `transform` acts on the mean; a `share` lies between 0 and 1. Lines without any
         usable response have no say.
         """
-        usable = denominator.sum(1) > 0
-        if not usable.any():
-            return Estimate(float("nan"), np.full(self.count, np.nan))
-        top, bottom = numerator[usable], denominator[usable]
-        units = top.shape[1]
+        if not (denominator.sum(1) > 0).any():
+            nothing = np.full(len(denominator), np.nan), np.full((self.count, len(denominator)), np.nan)
+            return Estimate(float("nan"), np.full(self.count, np.nan), each=nothing[0], drawn=nothing[1])
         with np.errstate(invalid="ignore", divide="ignore"):
-            each = top.sum(1) / bottom.sum(1)  # (seeds,)
-            weights = self.units(kind, units)
-            drawn = (weights @ top.T) / (weights @ bottom.T)  # (count, seeds)
+            each = numerator.sum(1) / denominator.sum(1)  # (lines,)
+            weights = self.units(kind, numerator.shape[1])
+            drawn = (weights @ numerator.T) / (weights @ denominator.T)  # (count, lines)
         limits = (0.0, 1.0) if share else (-np.inf, np.inf)
-        counted = int((bottom.sum(0) > 0).sum())
-        return self.combine(method, each, drawn, counted, transform, limits)
+        counted = int((denominator.sum(0) > 0).sum())
+        return self.combine(each, drawn, counted, transform, limits)
 
     def combine(
-        self, method: str, each: np.ndarray, drawn: np.ndarray, units: int, transform: Callable = same,
+        self, each: np.ndarray, drawn: np.ndarray, units: int, transform: Callable = same,
         limits: tuple[float, float] = (-np.inf, np.inf),
     ) -> Estimate:  # fmt: skip
-        """An estimate from those of each seed, (seeds,), and those of each seed in each resample of units, (count, seeds)."""
-        value = float(each.mean())
+        """An estimate from those of each line, (lines,), and those of each line in each resample of units, (count, lines)."""
+        usable = np.isfinite(each)
+        if not usable.any():
+            return Estimate(float("nan"), np.full(self.count, np.nan), each=each, drawn=drawn)
+        of, moving = each[usable], drawn[:, usable]
+        value = float(of.mean())
         with np.errstate(invalid="ignore"):
-            draws = np.nanmean(drawn, axis=1) if np.isnan(drawn).any() else drawn.mean(1)
-        between = 0.0
-        if len(each) > 1:
-            moved = self.seeds(method, len(each)) @ each - value
+            draws = np.nanmean(moving, axis=1) if np.isnan(moving).any() else moving.mean(1)
+        variance = 0.0
+        if len(of) > 1:
+            moved = self.lines(len(of)) @ of - value
             variance = float(np.var(moved, ddof=1))
-            whole = np.isfinite(drawn).all(1)  # resamples in which every seed has something to measure
-            noise = float(np.var((drawn - each)[whole], axis=1, ddof=1).mean()) / len(each) if whole.any() else 0.0
-            between = max(variance - noise, 0.0)
-            draws = draws + (moved * (between / variance) ** 0.5 if variance > 0 else 0.0)
-        return Estimate(value, draws, between, len(each), units, limits, transform)
+            whole = np.isfinite(moving).all(1)  # resamples in which every line has something to measure
+            noise = float(np.var((moving - of)[whole], axis=1, ddof=1).mean()) / len(of) if whole.any() else 0.0
+            draws = draws + (moved * (max(variance - noise, 0.0) / variance) ** 0.5 if variance > 0 else 0.0)
+        return Estimate(value, draws, variance, len(of), units, limits, transform, each, drawn)
 
-
-def difference(a: Estimate, b: Estimate) -> dict[str, float | None]:
-    """a - b with its 95 % interval, paired over what both resampled, and the p-value of no difference.
-
-    p is the smallest alpha whose interval leaves 0 out, that interval being of the bootstrap's variances and Student's t: a
-    share of resamples could not be smaller than one in their number, which is too coarse to be corrected for many
-    comparisons. (With one seed the interval shown is of percentiles, and may disagree with p near the edge.)
-    """
-    draws = a.draws - b.draws
-    if min(a.units, b.units) < 2 or not np.isfinite(a.value - b.value) or np.isnan(draws).all():
-        return dict(NOTHING) | {"p": None}
-    value, levels, freedom = a.value - b.value, a.levels + b.levels, min(a.units, b.units) - 1
-    low, high = _ends(value, draws, levels, freedom)
-    return {"mean": value, "low": low, "high": high, "p": _p_value(value, draws, levels, freedom)}
-
-
-def _p_value(value: float, draws: np.ndarray, levels: list[tuple[float, int]], freedom: int) -> float:
-    def beyond(log_alpha: float) -> float:
-        return _half_width(float(np.exp(log_alpha)), draws, levels, freedom) - abs(value)
-
-    smallest = np.log(1e-12)
-    if np.nanvar(draws) == 0 or beyond(0.0) > 0:  # a half width of 0 at alpha = 1
-        return float(value == 0)
-    if beyond(smallest) < 0:
-        return 1e-12
-    return float(np.exp(optimize.brentq(beyond, smallest, 0.0)))
+    def difference(self, a: Estimate, b: Estimate) -> Estimate:
+        """a - b, taken within each line and paired over what both resampled; of the lines in which both were measured."""
+        return self.combine(a.each - b.each, a.drawn - b.drawn, min(a.units, b.units))
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:

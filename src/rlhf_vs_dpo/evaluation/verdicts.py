@@ -12,7 +12,7 @@ from rlhf_vs_dpo.evaluation.statistics import Resamples
 def summary(judgements: pd.DataFrame, members: dict[str, list[str]], resamples: Resamples) -> dict[str, Any]:
     """Per judge, from a `judgements` table; `members` are the folders of each method.
 
-    methods       win rate against the SFT policy, a tie half a win, with its 95 % interval over prompts and seeds
+    methods       win rate against the SFT policy, a tie half a win, with its 95 % interval over prompts and lines
     unanswered    share of comparisons without a usable answer; they are left out of the win rate
     inconsistent  share of answered comparisons in which the two orders disagree; null for judges that see no order
     shown_first   share of its answers that named the response shown first; a judge without a taste for places says 1/2
@@ -27,7 +27,7 @@ def summary(judgements: pd.DataFrame, members: dict[str, list[str]], resamples: 
             if method != "sft":
                 values = wide.loc[folders].to_numpy(float)
                 estimate = resamples.ratio(
-                    method, "judged prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True
+                    "judged prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True
                 )
                 methods[method] = estimate.interval()
         found[str(judge)] = {

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo.preferences import answers
+from rlhf_vs_dpo.evaluation import cost
 from rlhf_vs_dpo.evaluation.measure import flat
-from rlhf_vs_dpo.evaluation.whole import Inputs
+from rlhf_vs_dpo.evaluation.whole import Inputs, lines_of
+from rlhf_vs_dpo.preferences import answers
 
 HEADLINES = (  # of `dvc metrics show`: few enough to be read
     "gold", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl", "tokens", "finished", "filler",
@@ -25,6 +26,7 @@ LEARNING = {  # column of a training curve -> column of the table
     "update/kl_old_new": "kl_old_new",
     "loss": "loss",
 }
+LINE = ("sft", "preferences", "reward", "reference", "pool")  # stages of a line that its methods share
 BINS = 40  # points of a training curve that are shown
 TEXTS = 50  # of each policy that MLflow shows as a table
 
@@ -78,7 +80,7 @@ def paths(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def learning(curves: Path, members: dict[str, list[str]]) -> pd.DataFrame:
-    """Training curves of all methods in bins of their length, means over seeds."""
+    """Training curves of all methods in bins of their length, means over lines."""
     parts = []
     for method, folders in members.items():
         frames = []
@@ -97,10 +99,20 @@ def learning(curves: Path, members: dict[str, list[str]]) -> pd.DataFrame:
     return pd.concat(parts).reindex(columns=columns) if parts else pd.DataFrame(columns=columns)
 
 
+def of_machine(found: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """What differs from one run to the next: `stages`, the run file of each; `methods`, seconds and memory of each row."""
+    shared = [f"{stage}-{seed}" for seed in inputs.seeds for stage in LINE]
+    cells = [folder for method, of in inputs.members.items() if method != "sft" for folder in of]
+    return {
+        "stages": {name: inputs.runs[name] for name in ["base", *shared, *cells]},
+        "methods": {row: cost.of_machine(lines_of(inputs, row, row in inputs.settings)) for row in found["cost"]},
+    }
+
+
 def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
     """An entry for each policy: what belongs on its MLflow run.
 
-    folder, method, family, settings    what it is; settings are those of its method, defaults included
+    folder, method, family, seed, settings    what it is; settings are those of its method, defaults included
     metrics     means on test prompts under `evaluation/`, its cost with all that it needs, and `validation/<judge>`
     steps       RM reward over training, which the training stage could not know: [(step, metrics)]
     samples     its first texts beside prompt and reward
@@ -109,13 +121,14 @@ def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
     for row, runs in found["runs"].items():
         method = found["method_of"][row]
         first = row == method
-        for folder, values in runs.items():
+        took = {}
+        if first and row in found["cost"]:
+            took = {"cost/total_flops": found["cost"][row]["total"]["flops"]}
+            took["cost/total_seconds"] = cost.of_machine(lines_of(inputs, row, row in inputs.settings))["total_seconds"]
+        for (folder, values), seed in zip(runs.items(), inputs.seeds, strict=True):
             prefix = "evaluation" if first else f"evaluation {row.partition(' ')[2].strip('[]')}"
-            metrics = {f"{prefix}/{name}": value for name, value in values.items()}
+            metrics = {f"{prefix}/{name}": value for name, value in values.items()} | took
             steps, samples = [], None
-            if first and row in found["cost"]:
-                total = found["cost"][row]["total"]
-                metrics |= {f"cost/total_{name}": total[name] for name in ("seconds", "flops")}
             if first and folder in found["validation"]:
                 metrics[f"validation/{found['judge']}"] = found["validation"][folder]
                 means = inputs.watched[folder].groupby("step")["reward"].mean().dropna()
@@ -125,9 +138,10 @@ def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
                 samples = table[["prompt_id", "response", "gold", "reward", "tokens", "finished"]]
             entries.append(
                 {
-                    "folder": folder if folder != "pool" else row,
+                    "folder": folder,
                     "method": method,
                     "family": found["families"][row],
+                    "seed": seed,
                     "settings": inputs.settings[method].model_dump() if method in inputs.settings else {},
                     "metrics": metrics,
                     "steps": steps,

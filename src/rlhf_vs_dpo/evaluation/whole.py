@@ -10,7 +10,7 @@ from rlhf_vs_dpo.config import FAMILIES, Evaluate, families, folders
 from rlhf_vs_dpo.evaluation import comparisons, cost, measure, overoptimisation, paths
 from rlhf_vs_dpo.evaluation.best_of_n import as_samples
 from rlhf_vs_dpo.evaluation.bounds import of_best_of_n, of_imitation
-from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, difference, holm, win_share
+from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, holm, win_share
 from rlhf_vs_dpo.run.progress import bar
 
 LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
@@ -18,13 +18,15 @@ LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages before have left behind; tables are those of `schemas`, keys are folders under models/.
+    """What the stages before have left behind; tables are those of `tables`, keys are folders under models/.
 
+    seeds           the lines; what follows has an entry for each of them, by its seed, where a line has its own
     settings        method -> its section of params.yaml; none for the SFT policy
-    demonstrations  scored held-out demonstrations, with `gold`
+    demonstrations  scored held-out demonstrations, with `gold`, by seed: every line has a reward model of its own
+    pool            scored samples of the SFT policy, by seed
     runs            content of runs/<stage or folder>.json: what each stage cost
-    pairs           metrics of the preferences stage
-    pool_metrics    metrics of the pool stage
+    pairs           metrics of the preferences stage, by seed
+    pool_metrics    metrics of the pool stage, by seed
     """
 
     policies: Any
@@ -36,16 +38,34 @@ class Inputs:
     retention: dict[str, pd.DataFrame]
     watched: dict[str, pd.DataFrame]
     pair_rewards: dict[str, pd.DataFrame]
-    demonstrations: pd.DataFrame
-    pool: pd.DataFrame
+    demonstrations: dict[int, pd.DataFrame]
+    pool: dict[int, pd.DataFrame]
     runs: dict[str, dict[str, Any]]
-    pairs: dict[str, Any]
-    pool_metrics: dict[str, Any]
+    pairs: dict[int, dict[str, Any]]
+    pool_metrics: dict[int, dict[str, Any]]
+
+    @property
+    def members(self) -> dict[str, list[str]]:
+        """Method -> its folders, one for each line."""
+        return folders(self.policies, self.seeds)
+
+    @property
+    def sft(self) -> list[pd.DataFrame]:
+        """Samples of the SFT policy of each line."""
+        return [self.samples[folder] for folder in self.members["sft"]]
+
+    def drawn(self, split: str) -> list[pd.DataFrame]:
+        """The part of each line's pool that is of a split; of test, on the prompts that policies are sampled on."""
+        parts = [self.pool[seed] for seed in self.seeds]
+        parts = [pool[pool["split"] == split] for pool in parts]
+        if split == "test":
+            parts = [p[p["prompt_id"].isin(sft["prompt_id"])] for p, sft in zip(parts, self.sft, strict=True)]
+        return parts
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the comparison: a method (or one way to prompt or sample it), and what was measured of each seed."""
+    """A row of the comparison: a method (or one way to prompt or sample it), and what was measured of it in each line."""
 
     name: str
     method: str
@@ -58,29 +78,28 @@ class Row:
 def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
     """Measure, compare, fit and add up; see the keys below. Numbers are means with 95 % intervals unless they say else."""
     resamples = Resamples(settings.resamples, seed)
-    sft = inputs.samples["sft"]
-    judge = measure.judged_by(sft)
-    rows = _rows(inputs, sft)
-    estimates = {row.name: measure.row(row.name, row.measured, resamples) for row in rows}
+    judge = measure.judged_by(inputs.sft[0])
+    rows = _rows(inputs)
+    estimates = {row.name: measure.row(row.measured, resamples) for row in rows}
     methods = {name: measure.intervals(row) for name, row in estimates.items()}
-    members, of_family = folders(inputs.policies, inputs.seeds), families(inputs.policies)
+    members, of_family = inputs.members, families(inputs.policies)
     walked = {
         method: paths.of_training(method, [inputs.watched[folder] for folder in of], resamples)
         for method, of in members.items()
         if method != "sft"
     }
-    costs = _costs(inputs, members, rows, methods)
-    best, wide, curve = _best_of_n(inputs, sft, resamples)
+    costs = _costs(inputs, rows, methods)
+    best, wide, curve = _best_of_n(inputs, resamples)
     return {
         "judge": judge,
         "seeds": inputs.seeds,
-        "prompts": int(sft["prompt_id"].nunique()),
+        "prompts": int(inputs.sft[0]["prompt_id"].nunique()),
         "method_of": {row.name: row.method for row in rows},
         "families": {row.name: of_family[row.method] if row.trained else "best_of_n" for row in rows},
         "methods": methods,
         "runs": {row.name: _runs(row) for row in rows},
-        "spread": {row.name: _spread(row, estimates["sft"][judge], judge, settings) for row in rows},
-        "differences": _differences(rows, estimates, judge),
+        "spread": {row.name: _spread(row, rows[0], judge, settings) for row in rows},
+        "differences": _differences(rows, estimates, judge, resamples),
         "paths": {method: _points(path) for method, path in walked.items()},
         "best_of_n_path": _points(best),
         "overoptimisation": _laws(walked, best),
@@ -89,17 +108,20 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
             for method, path in ({**walked, "best of n": best}).items()
         },
         "equal_compute": _equal_compute(walked, costs, judge, settings),
-        "own_best": _own_best(walked, judge, resamples, seed) | _own_n(inputs, sft, best, resamples, judge),
+        "own_best": _own_best(walked, judge, resamples, seed) | _own_n(inputs, best, resamples, judge),
         "cost": costs,
-        "biases": _biases(methods, inputs.pairs),
+        "biases": _biases(methods, list(inputs.pairs.values())),
         "length": _by_length(rows, judge)
         | {
-            "over_sft": {name: difference(row["tokens"], estimates["sft"]["tokens"]) for name, row in estimates.items()}
+            "over_sft": {
+                name: resamples.difference(row["tokens"], estimates["sft"]["tokens"]).interval()
+                for name, row in estimates.items()
+            }
         },
-        "bounds": _bounds(inputs, members, methods, curve, sft),
+        "bounds": _bounds(inputs, methods, curve),
         "best_of_n": curve,
         "best_of_n_wide": wide,
-        "deep_prompts": _deep(inputs, sft)["prompt_id"].nunique(),
+        "deep_prompts": _deep(inputs)[0]["prompt_id"].nunique(),
         "validation": {
             folder: float(table.loc[table["step"] == table["step"].max(), judge].mean())
             for folder, table in inputs.watched.items()
@@ -116,32 +138,29 @@ def _at_kl(path: paths.Path, judge: str, kl: float) -> dict[str, Any] | None:
     return None if read is None else read.interval() | {"between": comparisons.seen_around(path, kl)}
 
 
-def _rows(inputs: Inputs, sft: pd.DataFrame) -> list[Row]:
+def _rows(inputs: Inputs) -> list[Row]:
     """Every method, and the ways to use one: another control token, best-of-n without training."""
     rows = []
-    members = folders(inputs.policies, inputs.seeds)
-    with bar(sum(map(len, members.values())), "measure", "policy") as progress:
-        for method, of in members.items():
+    demonstrations = [inputs.demonstrations[seed] for seed in inputs.seeds]
+    with bar(sum(map(len, inputs.members.values())), "measure", "policy") as progress:
+        for method, of in inputs.members.items():
             # The first suffix is how the policy is meant to be prompted; others are rows of their own.
             for number, suffix in enumerate(dict.fromkeys(inputs.samples[of[0]]["suffix"])):
                 tables = [inputs.samples[f][inputs.samples[f]["suffix"] == suffix].reset_index(drop=True) for f in of]
                 measured = [
-                    measure.policy(table, inputs.retention[f], sft, inputs.demonstrations, inputs.pair_rewards.get(f))
-                    for f, table in zip(of, tables, strict=True)
+                    measure.policy(table, inputs.retention[f], sft, demos, inputs.pair_rewards.get(f))
+                    for f, table, sft, demos in zip(of, tables, inputs.sft, demonstrations, strict=True)
                 ]
                 rows.append(Row(method if number == 0 else f"{method} {suffix}", method, tables, measured, of))
             progress.update(len(of))
-    drawn = _drawn(inputs, "test", sft)
     for n in inputs.policies.best_of_n:
-        table = as_samples(drawn, n)
-        measured = measure.policy(table, None, sft, inputs.demonstrations)
-        rows.append(Row(f"best_of_{n}", f"best_of_{n}", [table], [measured], ["pool"], trained=False))
+        name, tables = f"best_of_{n}", [as_samples(drawn, n) for drawn in inputs.drawn("test")]
+        measured = [
+            measure.policy(table, None, sft, demos)
+            for table, sft, demos in zip(tables, inputs.sft, demonstrations, strict=True)
+        ]
+        rows.append(Row(name, name, tables, measured, [f"{name}-{seed}" for seed in inputs.seeds], trained=False))
     return rows
-
-
-def _drawn(inputs: Inputs, split: str, like: pd.DataFrame | None = None) -> pd.DataFrame:
-    pool = inputs.pool[inputs.pool["split"] == split]
-    return pool if like is None else pool[pool["prompt_id"].isin(like["prompt_id"])]
 
 
 def _runs(row: Row) -> dict[str, dict[str, float]]:
@@ -158,17 +177,17 @@ def _runs(row: Row) -> dict[str, dict[str, float]]:
     return found
 
 
-def _spread(row: Row, sft: Estimate, judge: str, settings: Evaluate) -> dict[str, Any]:
-    """How the seeds of a method differ, and which of them collapsed."""
-    runs = list(_runs(row).values())
+def _spread(row: Row, sft: Row, judge: str, settings: Evaluate) -> dict[str, Any]:
+    """How the lines of a method differ, and in which of them it collapsed, measured against the SFT policy of the line."""
+    runs, starts = list(_runs(row).values()), list(_runs(sft).values())
     values = [run[judge] for run in runs if judge in run]
     collapsed = [
         run["finished"] < settings.collapse.finished_below
-        or run.get(judge, -np.inf) - sft.value < settings.collapse.gain_below
-        for run in runs
+        or run.get(judge, -np.inf) - start.get(judge, np.inf) < settings.collapse.gain_below
+        for run, start in zip(runs, starts, strict=True)
     ]
     return {
-        "seeds": len(runs),
+        "lines": len(runs),
         "standard_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "lowest": min(values, default=None),
         "highest": max(values, default=None),
@@ -176,32 +195,38 @@ def _spread(row: Row, sft: Estimate, judge: str, settings: Evaluate) -> dict[str
     }
 
 
-def _differences(rows: list[Row], estimates: dict, judge: str) -> list[dict[str, Any]]:
-    """Every two rows: a - b in the judge's reward with Holm's correction over all of them, and who wins how often."""
-    answers = []
+def _differences(rows: list[Row], estimates: dict, judge: str, resamples: Resamples) -> list[dict[str, Any]]:
+    """Every two rows: a - b in the judge's reward, within each line, with Holm's correction over all of them, and who wins how
+    often, line by line."""
     whole = {row.name: all(judge in run for run in _runs(row).values()) for row in rows}
-    for row in rows:
-        together = pd.concat([t.assign(weight=t.get("weight", pd.Series(1.0, index=t.index))) for t in row.tables])
-        groups = {p: (g[judge].to_numpy(float), g["weight"].to_numpy()) for p, g in together.groupby("prompt_id")}
-        answers.append(groups)
+    answers = [[_answers(table, judge) for table in row.tables] for row in rows]
     found = []
     with bar(len(rows) * (len(rows) - 1) // 2, "pairs of policies", "pair") as progress:
         for i, a in enumerate(rows):
             for j in range(i + 1, len(rows)):
                 b = rows[j]
-                shares = []
-                for prompt, (ours, weight) in answers[i].items():
-                    theirs, other = answers[j].get(prompt, (None, None))
-                    if theirs is not None:
-                        shares.append(np.divide(*win_share(ours, weight, theirs, other)))
-                entry = difference(estimates[a.name][judge], estimates[b.name][judge])
-                if not (whole[a.name] and whole[b.name]):  # the runs that are left do not speak for the method
-                    entry["p"] = None
-                found.append({"a": a.name, "b": b.name} | entry | {"wins": float(np.mean(shares)) if shares else None})
+                shares = [
+                    np.divide(*win_share(ours, weight, *theirs[prompt]))
+                    for mine, theirs in zip(answers[i], answers[j], strict=True)
+                    for prompt, (ours, weight) in mine.items()
+                    if prompt in theirs
+                ]
+                gap = resamples.difference(estimates[a.name][judge], estimates[b.name][judge])
+                # Where a run says nothing that ends, the runs that are left do not speak for the method.
+                p = gap.p_value() if whole[a.name] and whole[b.name] else None
+                wins = float(np.mean(shares)) if shares else None
+                found.append({"a": a.name, "b": b.name} | gap.interval() | {"p": p, "wins": wins})
                 progress.update()
     for entry, corrected in zip(found, holm([entry["p"] for entry in found]), strict=True):
         entry["p_holm"] = corrected
     return found
+
+
+def _answers(samples: pd.DataFrame, judge: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """prompt_id -> (rewards of a policy's responses, how much each counts)."""
+    weights = samples.get("weight", pd.Series(1.0, index=samples.index))
+    groups = samples.assign(weight=weights).groupby("prompt_id")
+    return {prompt: (group[judge].to_numpy(float), group["weight"].to_numpy()) for prompt, group in groups}
 
 
 def _points(path: paths.Path) -> list[dict[str, Any]]:
@@ -256,50 +281,55 @@ def _own_best(walked: dict[str, paths.Path], judge: str, resamples: Resamples, s
     return found
 
 
-def _own_n(inputs: Inputs, sft: pd.DataFrame, best: paths.Path, resamples: Resamples, judge: str) -> dict[str, Any]:
+def _own_n(inputs: Inputs, best: paths.Path, resamples: Resamples, judge: str) -> dict[str, Any]:
     """Best-of-n with the n that is best on validation prompts, and what it is worth on test prompts."""
-    drawn = _drawn(inputs, "test", sft)
-    most = int(drawn.groupby("prompt_id").size().min())
+    drawn = inputs.drawn("test")
+    most = min(int(pool.groupby("prompt_id").size().min()) for pool in drawn)
     allowed = best.share <= most
     values = best.values(judge)[allowed]
     if not np.isfinite(values).any():
         return {}
     n = int(best.share[allowed][int(np.nanargmax(values))])
-    measured = measure.policy(as_samples(drawn, n), None, sft, inputs.demonstrations, control_length=False)
-    value = resamples.ratio("best of n", *_stacked(measured.sums[judge]))
+    value = measure.row(_measured(inputs, drawn, inputs.sft, n), resamples)[judge]
     return {"best of n": {"value": value.interval(), "gained": None, "at": n, "on": "test"}}
 
 
-def _stacked(sums: measure.Sums) -> tuple:
-    return sums.kind, sums.numerator[None], sums.denominator[None]
+def _measured(inputs: Inputs, drawn: list[pd.DataFrame], others: list[pd.DataFrame], n: int) -> list[measure.Measured]:
+    """Best of n of each line's pool, against the SFT policy's samples `others`."""
+    nothing = inputs.demonstrations[inputs.seeds[0]].head(0)
+    return [
+        measure.policy(as_samples(pool, n), None, theirs, nothing, control_length=False)
+        for pool, theirs in zip(drawn, others, strict=True)
+    ]
 
 
-def _deep(inputs: Inputs, sft: pd.DataFrame) -> pd.DataFrame:
-    """The test prompts of the pool that have the most samples."""
-    drawn = _drawn(inputs, "test", sft)
-    size = drawn.groupby("prompt_id")["sample"].transform("size")
-    return drawn[size == size.max()]
+def _deep(inputs: Inputs) -> list[pd.DataFrame]:
+    """The test prompts of each line's pool that have the most samples."""
+    parts = []
+    for drawn in inputs.drawn("test"):
+        size = drawn.groupby("prompt_id")["sample"].transform("size")
+        parts.append(drawn[size == size.max()])
+    return parts
 
 
-def _best_of_n(inputs: Inputs, sft: pd.DataFrame, resamples: Resamples) -> tuple[paths.Path, list[dict], list[dict]]:
+def _best_of_n(inputs: Inputs, resamples: Resamples) -> tuple[paths.Path, list[dict], list[dict]]:
     """Best-of-n over n, three times: its path on validation prompts, to compare and to fit; on all test prompts, as far as
     all have samples; and as deep as the pool goes, on the prompts that go so deep."""
-    held, wide, deep = _drawn(inputs, "validation"), _drawn(inputs, "test", sft), _deep(inputs, sft)
-    like = held.drop_duplicates("prompt_id").assign(suffix="")
-    plan = [(held, like, n) for n in _powers(held)] + [(t, sft, n) for t in (wide, deep) for n in _powers(t)]
+    held, wide, deep = inputs.drawn("validation"), inputs.drawn("test"), _deep(inputs)
+    like = [pool.drop_duplicates("prompt_id").assign(suffix="") for pool in held]
+    plan = [(held, like, n) for n in _powers(held[0])]
+    plan += [(pools, inputs.sft, n) for pools in (wide, deep) for n in _powers(pools[0])]
     measured = []
     with bar(len(plan), "best of n", "n") as progress:
-        for table, others, n in plan:
-            measured.append(
-                measure.policy(as_samples(table, n), None, others, inputs.demonstrations.head(0), control_length=False)
-            )
+        for pools, others, n in plan:
+            measured.append(_measured(inputs, pools, others, n))
             progress.update()
-    first, second = len(_powers(held)), len(_powers(held)) + len(_powers(wide))
-    rows = {n: found.sums for (_, _, n), found in zip(plan[:first], measured[:first], strict=True)}
+    first, second = len(_powers(held[0])), len(_powers(held[0])) + len(_powers(wide[0]))
+    rows = {n: [line.sums for line in of] for (_, _, n), of in zip(plan[:first], measured[:first], strict=True)}
     curves = [
         [
-            {"n": n} | measure.intervals(measure.row("best of n", [found], resamples))
-            for (_, _, n), found in zip(plan[start:end], measured[start:end], strict=True)
+            {"n": n} | measure.intervals(measure.row(of, resamples))
+            for (_, _, n), of in zip(plan[start:end], measured[start:end], strict=True)
         ]
         for start, end in ((first, second), (second, len(plan)))
     ]
@@ -311,43 +341,53 @@ def _powers(pool: pd.DataFrame) -> list[int]:
     return [2**k for k in range(int(pool.groupby("prompt_id").size().min()).bit_length())]
 
 
-def _costs(inputs: Inputs, members: dict[str, list[str]], rows: list[Row], methods: dict) -> dict[str, Any]:
+def lines_of(inputs: Inputs, method: str, trained: bool = True) -> list[cost.Line]:
+    """What a method did in each line, and what it needed there; `trained` is False for best-of-n at inference."""
+    kind = getattr(inputs.settings[method], FAMILIES[families(inputs.policies)[method]]) if trained else ""
+    needed = cost.needs(families(inputs.policies)[method] if trained else "best_of_n", kind)
+    lines = []
+    for number, seed in enumerate(inputs.seeds):
+        pool = inputs.pool_metrics[seed]
+        spent = sum(split["tokens"] + split["tokens_read"] for split in pool.values())
+        lines.append(
+            cost.Line(
+                # Without training, policy and reward model are held at each answer.
+                inputs.runs[inputs.members[method][number]] if trained else {"models_held": 2},
+                {stage: inputs.runs[f"{stage}-{seed}"] for stage in needed},
+                {"pool": (pool["train"]["tokens"] + pool["train"]["tokens_read"]) / spent},
+            )
+        )
+    return lines
+
+
+def _costs(inputs: Inputs, rows: list[Row], methods: dict) -> dict[str, Any]:
     """What each method costs, with what it needs before it starts."""
-    pool = inputs.pool_metrics
-    spent = sum(split["tokens"] + split["tokens_read"] for split in pool.values())
-    shares = {"pool": (pool["train"]["tokens"] + pool["train"]["tokens_read"]) / spent}
-    of_family = families(inputs.policies)
     found = {}
     judge_keys = cost.hyperparameters(inputs.reward_settings, "")  # of the reward model: who needs it chooses them too
-    for method, of in members.items():
-        if method == "sft":
+    for row in rows:
+        if row.name == "sft" or row.name != row.method:  # another control token is no other training
             continue
-        family, settings = of_family[method], inputs.settings[method]
-        needed = cost.needs(family, getattr(settings, FAMILIES[family]))
-        entry = cost.of_method([inputs.runs[f] for f in of], {s: inputs.runs[s] for s in needed}, shares)
-        own = cost.hyperparameters(settings, FAMILIES[family])
-        found[method] = entry | {
+        entry = cost.of_method(lines_of(inputs, row.method, row.trained))
+        settings = inputs.settings[row.method] if row.trained else None
+        own = cost.hyperparameters(settings, FAMILIES[families(inputs.policies)[row.method]]) if row.trained else 1
+        needed = entry["needs"]
+        found[row.name] = entry | {
             "hyperparameters": own,
             "hyperparameters_upstream": judge_keys * ("reward" in needed) + len(cost.POOL_KEYS) * ("pool" in needed),
+            "tokens_per_answer": methods[row.name]["sampled_tokens"]["mean"] / methods["sft"]["tokens"]["mean"],
         }
-    for row in rows:
-        if not row.trained:
-            # Nothing is trained; policy and reward model are held at each answer.
-            nothing = {"device": inputs.runs["pool"]["device"], "models_held": 2}
-            needed = cost.needs("best_of_n", "")
-            entry = cost.of_method([nothing], {s: inputs.runs[s] for s in needed}, shares)
-            found[row.name] = entry | {"hyperparameters": 1, "hyperparameters_upstream": judge_keys}
-    for name, entry in found.items():
-        entry["tokens_per_answer"] = methods[name]["sampled_tokens"]["mean"] / methods["sft"]["tokens"]["mean"]
     return found
 
 
-def _biases(methods: dict, pairs: dict[str, Any]) -> dict[str, Any]:
+def _biases(methods: dict, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """Filler and length of each policy beside those of the preference data: what was liked a little, and became of it."""
-    known = [name for name in ("filler", "tokens") if (pairs.get(name) or {}).get("chosen") is not None]
+    known = [name for name in ("filler", "tokens") if all((p.get(name) or {}).get("chosen") is not None for p in pairs)]
     if not known:
         return {}
-    data = {name: {side: pairs[name][side] for side in ("chosen", "rejected")} for name in known}
+    data = {
+        name: {side: float(np.mean([p[name][side] for p in pairs])) for side in ("chosen", "rejected")}
+        for name in known
+    }
     return {
         "pairs": data,
         "methods": {
@@ -360,8 +400,8 @@ def _biases(methods: dict, pairs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_length(rows: list[Row], judge: str) -> dict[str, Any]:
-    """Mean reward of responses by their length, in bins that hold equal shares of the SFT policy's responses."""
-    lengths = next(row for row in rows if row.name == "sft").tables[0]["tokens"]
+    """Mean reward of responses by their length, in bins that hold equal shares of the SFT policies' responses."""
+    lengths = pd.concat([table["tokens"] for table in rows[0].tables])
     inner = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1))[1:-1].round())
     found: dict[str, Any] = {"edges": inner.tolist(), "methods": {}}
     for row in rows:
@@ -378,18 +418,17 @@ def _by_length(rows: list[Row], judge: str) -> dict[str, Any]:
     return found
 
 
-def _bounds(inputs: Inputs, members: dict, methods: dict, curve: list[dict], sft: pd.DataFrame) -> dict[str, Any]:
+def _bounds(inputs: Inputs, methods: dict, curve: list[dict]) -> dict[str, Any]:
     """What theory allows, beside what was measured."""
-    learned = inputs.pool.loc[inputs.pool["split"] == "train", "sample"]
+    pool, lines = inputs.pool[inputs.seeds[0]], len(inputs.seeds)
+    learned = pool.loc[pool["split"] == "train", "sample"]
     samples_each = int(learned.max()) + 1 if len(learned) else 1
-    deep = inputs.pool[inputs.pool["split"] == "test"].groupby("prompt_id").size()
-    compared = int(sft["prompt_id"].isin(deep.index[deep == deep.max()]).sum())
+    compared = sum(len(sft) for sft in inputs.sft)
+    deep = lines * int(inputs.sft[0]["prompt_id"].isin(_deep(inputs)[0]["prompt_id"]).sum())
     parts = [
-        of_imitation(
-            name, methods[name], inputs.settings[name], inputs.own_pairs, samples_each, len(sft) * len(members[name])
-        )
+        of_imitation(name, methods[name], inputs.settings[name], inputs.own_pairs, samples_each, compared)
         for name in inputs.policies.imitation
     ]
-    parts += [of_best_of_n(f"best_of_{n}", methods[f"best_of_{n}"], n, len(sft)) for n in inputs.policies.best_of_n]
-    parts += [of_best_of_n(f"best of {row['n']} (curve)", row, row["n"], compared) for row in curve if row["n"] > 1]
+    parts += [of_best_of_n(f"best_of_{n}", methods[f"best_of_{n}"], n, compared) for n in inputs.policies.best_of_n]
+    parts += [of_best_of_n(f"best of {row['n']} (curve)", row, row["n"], deep) for row in curve if row["n"] > 1]
     return {name: entry for part in parts for name, entry in part.items()}

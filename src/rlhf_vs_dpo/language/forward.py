@@ -3,23 +3,21 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
-from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.heads import Scorer, last
-from rlhf_vs_dpo.language.models import autocast, token_budget
-from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import Network, autocast
 from rlhf_vs_dpo.language.text import Tokens, collate, micro_batches
+from rlhf_vs_dpo.run.progress import bar
 
 
 @torch.inference_mode()
-def measure(module: nn.Module, examples: Sequence[Tokens], pad: int, read: Callable, what: str | None = None) -> list:
-    """`read(module output, batch)` -> a list with one value per row, over all examples, in their order.
+def measure(network: Network, examples: Sequence[Tokens], read: Callable, what: str | None = None) -> list:
+    """`read(output of the network, batch)` -> a list with one value per row, over all examples, in their order.
 
     `what` names the progress bar (none if it is None).
     """
-    inner = module.model
-    device = next(module.parameters()).device
+    device = next(network.parameters()).device
     places: dict[tuple, list[int]] = {}
     for i, example in enumerate(examples):
         places.setdefault(_text(example), []).append(i)
@@ -27,9 +25,9 @@ def measure(module: nn.Module, examples: Sequence[Tokens], pad: int, read: Calla
     where = list(places.values())
     values: list = [None] * len(examples)
     with bar(len(distinct), what or "", "text", visible=what is not None) as progress, autocast(device):
-        for group in micro_batches([len(example) for example in distinct], token_budget(inner)):
-            batch = collate([distinct[i] for i in group], pad).to(device)
-            for i, value in zip(group, read(module(batch), batch), strict=True):
+        for group in micro_batches([len(example) for example in distinct], network.budget):
+            batch = collate([distinct[i] for i in group], network.pad).to(device)
+            for i, value in zip(group, read(network(batch), batch), strict=True):
                 for place in where[i]:
                     values[place] = value
             progress.update(len(group))
@@ -46,11 +44,11 @@ def _text(example: Tokens) -> tuple:
     return tuple(example.prompt), tuple(example.response)
 
 
-def log_likelihoods(policy: Policy, examples: Sequence[Tokens], pad: int, what: str | None = None) -> list[float]:
+def log_likelihoods(policy: Policy, examples: Sequence[Tokens], what: str | None = None) -> list[float]:
     """log pi(y|x) of each example, natural log."""
-    return measure(policy, examples, pad, lambda output, batch: output.sums().tolist(), what)
+    return measure(policy, examples, lambda output, batch: output.sums().tolist(), what)
 
 
-def scores(scorer: Scorer, examples: Sequence[Tokens], pad: int, what: str | None = None) -> list[float]:
+def scores(scorer: Scorer, examples: Sequence[Tokens], what: str | None = None) -> list[float]:
     """Normalised reward of each example, read at its last token."""
-    return measure(scorer, examples, pad, lambda output, batch: last(output, batch.response_mask).tolist(), what)
+    return measure(scorer, examples, lambda output, batch: last(output, batch.response_mask).tolist(), what)

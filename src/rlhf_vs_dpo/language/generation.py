@@ -11,14 +11,13 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_vs_dpo.config import Sampling
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.logprobs import suppress
-from rlhf_vs_dpo.language.models import autocast, context_of
+from rlhf_vs_dpo.language.logprobs import Policy, suppress
+from rlhf_vs_dpo.language.models import autocast
+from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context
 from rlhf_vs_dpo.run.progress import bar
-from rlhf_vs_dpo.language.text import Tokens, check_context
 
 ROWS = 256  # responses generated together
 
@@ -43,75 +42,61 @@ def stream(seed: int, name: str, sample: int, length: int) -> np.ndarray:
 
 
 def generate(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    names: Sequence[str],
+    policy: Policy,
+    prompts: Prompts,
     samples: Sequence[int],
-    sampling: Sampling,
+    max_new_tokens: int,
     seed: int,
     what: str | None = None,
     rows: int = ROWS,
 ) -> Responses:
     """Sample one response for each prompt.
 
-    `prompts` are ids with their BOS (`text.encode_prompts`); `names[i]` and `samples[i]` key the random stream of
-    response i. `what` names the progress bar (none if it is None). Raises DataError where a prompt and a response of
-    `sampling.max_new_tokens` do not fit the model's context.
+    The names of the prompts and `samples[i]`, with the seed, key the random stream of response i. `what` names the
+    progress bar (none if it is None). Raises DataError where a prompt and a response of `max_new_tokens` do not fit the
+    model's context.
     """
     check_context(
-        [len(ids) + sampling.max_new_tokens for ids in prompts], names, context_of(model), "prompt and new tokens"
+        [len(ids) + max_new_tokens for ids in prompts.ids], prompts.names, policy.context, "prompt and new tokens"
     )
     # Equal lengths together: little padding. Equal prompts together: each is read once for all its responses.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), names[i]))
-    responses: list[list[int]] = [[] for _ in prompts]
-    device = next(model.parameters()).device
+    order = sorted(range(len(prompts.ids)), key=lambda i: (len(prompts.ids[i]), prompts.names[i]))
+    responses: list[list[int]] = [[] for _ in prompts.ids]
+    device = next(policy.parameters()).device
     read = 0
     with (
-        bar(len(prompts), what or "", "response", visible=what is not None) as progress,
+        bar(len(prompts.ids), what or "", "response", visible=what is not None) as progress,
         torch.inference_mode(),
         autocast(device),
     ):
         for start in range(0, len(order), rows):
             chunk = order[start : start + rows]
-            uniforms = np.stack([stream(seed, names[i], samples[i], sampling.max_new_tokens) for i in chunk])
-            drawn = _generate_batch(
-                model, tokenizer, [prompts[i] for i in chunk], torch.from_numpy(uniforms).to(device), sampling
-            )
+            uniforms = np.stack([stream(seed, prompts.names[i], samples[i], max_new_tokens) for i in chunk])
+            drawn = _generate_batch(policy, [prompts.ids[i] for i in chunk], torch.from_numpy(uniforms).to(device))
             for i, ids in zip(chunk, drawn, strict=True):
                 responses[i] = ids
-            read += sum(len(prompt) for prompt in {tuple(prompts[i]) for i in chunk})
+            read += sum(len(prompt) for prompt in {tuple(prompts.ids[i]) for i in chunk})
             progress.update(len(chunk))
-    eos = tokenizer.eos_token_id
     return Responses(
-        [Tokens(prompt, response) for prompt, response in zip(prompts, responses, strict=True)],
-        [response[-1] == eos for response in responses],
+        [Tokens(prompt, response) for prompt, response in zip(prompts.ids, responses, strict=True)],
+        [response[-1] == policy.eos for response in responses],
         read,
     )
 
 
 def generate_together(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    names: Sequence[str],
-    samples: Sequence[int],
-    sampling: Sampling,
-    seed: int,
-    what: str | None = None,
+    policy: Policy, prompts: Prompts, samples: Sequence[int], max_new_tokens: int, seed: int, what: str | None = None
 ) -> Responses:
     """`generate`, its work shared among the processes of a distributed run, each of which gets all responses."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return generate(model, tokenizer, prompts, names, samples, sampling, seed, what)
+        return generate(policy, prompts, samples, max_new_tokens, seed, what)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = range(rank, len(prompts), world)
-    drawn = generate(
-        model, tokenizer, [prompts[i] for i in mine], [names[i] for i in mine], [samples[i] for i in mine], sampling,
-        seed, what if rank == 0 else None,
-    )  # fmt: skip
+    count = len(prompts.ids)
+    mine = Prompts(prompts.ids[rank::world], prompts.names[rank::world])
+    drawn = generate(policy, mine, samples[rank::world], max_new_tokens, seed, what if rank == 0 else None)
     parts: list = [None] * world
     torch.distributed.all_gather_object(parts, drawn)
-    whole = [(parts[i % world].tokens[i // world], parts[i % world].finished[i // world]) for i in range(len(prompts))]
+    whole = [(parts[i % world].tokens[i // world], parts[i % world].finished[i // world]) for i in range(count)]
     return Responses([t for t, _ in whole], [ended for _, ended in whole], sum(part.tokens_read for part in parts))
 
 
@@ -124,18 +109,16 @@ def from_main(values: list[float]) -> list[float]:
     return values
 
 
-def _generate_batch(
-    model: nn.Module, tokenizer, prompts: list[list[int]], uniforms: Tensor, sampling: Sampling
-) -> list[list[int]]:
-    """Responses of one left-padded batch; `uniforms` is (B, max_new_tokens)."""
+def _generate_batch(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
+    """Responses of one left-padded batch; `uniforms` is (B, most tokens of a response)."""
     from transformers import DynamicCache
 
-    device, eos, budget = uniforms.device, tokenizer.eos_token_id, sampling.max_new_tokens
+    model, device, eos, most = policy.model, uniforms.device, policy.eos, uniforms.shape[1]
     distinct = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     expand = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     width = max(len(ids) for ids in prompts)
-    ids = np.full((len(distinct), width), tokenizer.pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(distinct), width + budget), dtype=np.int64)
+    ids = np.full((len(distinct), width), policy.pad, dtype=np.int64)
+    mask = np.zeros((len(distinct), width + most), dtype=np.int64)
     for prompt, row in distinct.items():
         ids[row, width - len(prompt) : width] = prompt
         mask[row, width - len(prompt) :] = 1
@@ -143,10 +126,10 @@ def _generate_batch(
     attention = torch.from_numpy(mask).to(device)
     place = (attention[:, :width].cumsum(-1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
-    drawn = torch.full((len(prompts), budget), eos, device=device)
+    drawn = torch.full((len(prompts), most), eos, device=device)
     rows = torch.arange(len(prompts), device=device)  # which row of `drawn` each row of the cache belongs to
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(budget):
+    for step in range(most):
         logits = model(
             input_ids=step_ids,
             attention_mask=attention[:, : width + step],
@@ -160,7 +143,7 @@ def _generate_batch(
             logits, attention, place = logits[expand], attention[expand], place[expand]
         logits = suppress(logits.float(), model)
         # A row that has ended is carried along until the next clearing; all it draws is EOS.
-        token = torch.where(ended, eos, inverse_cdf(logits, uniforms[rows, step], sampling.temperature))
+        token = torch.where(ended, eos, inverse_cdf(logits, uniforms[rows, step], policy.temperature))
         drawn[rows, step] = token
         ended = ended | (token == eos)
         place, step_ids = place[:, -1:] + 1, token[:, None]

@@ -7,21 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.models import device, load, load_own
+from rlhf_vs_dpo.language.models import Network, device, load, load_own
 from rlhf_vs_dpo.language.text import Batch, positions
 
 
-
-class Scorer(nn.Module):
+class Scorer(Network):
     """A language model with a scalar head: the reward model, and, started from it, PPO's value network.
 
     Laid out and saved as AutoModelForSequenceClassification with one label. The raw head is normalised by two
     constants that live in the config and travel with the folder: score = (head - reward_shift) / reward_scale.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
         """Normalised scalar at every position, (B, T) float32; defined where `attention_mask` is 1."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import Batch, positions
 
 
@@ -52,16 +53,20 @@ def suppress(logits: Tensor, model: nn.Module) -> Tensor:
     return logits.index_fill(-1, torch.tensor(silent, device=logits.device), -1e30)
 
 
-class Policy(nn.Module):
+class Policy(Network):
     """A causal language model as a policy: batch in, log-probabilities of its response tokens out.
 
     One `forward` does it all, so that wrappers which hook it (DistributedDataParallel) see every pass.
     """
 
     def __init__(self, model: nn.Module, temperature: float):
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.temperature = temperature
+
+    @property
+    def eos(self) -> int:
+        """Id of the token that ends a response."""
+        return self.model.config.eos_token_id
 
     def forward(self, batch: Batch) -> TokenLogprobs:
         mask = batch.response_mask

@@ -11,6 +11,12 @@ from rlhf_vs_dpo.config import Base, Scratch
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.run import atomic
 
+if not torch.cuda.is_available():
+    # Gradients of a place that was read several times are added in order, not by threads that race (run/arithmetic.py). On a GPU
+    # some operations have no such form.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would only make what is never read the same
+
 
 def device() -> torch.device:
     """The accelerator of this process where there is one, else the CPU."""
@@ -50,6 +56,40 @@ def size(model: nn.Module) -> int:
     A projection that shares that table is left out with it, as there.
     """
     return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+class Network(nn.Module):
+    """A Hugging Face model under a head of ours, and what everyone who feeds it must know of it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding token."""
+        return self.model.config.pad_token_id
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit into the model's context."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+
+    @property
+    def budget(self) -> int:
+        """Padded tokens of one micro-batch that fit this device: what divides a global batch, never what defines it.
+
+        A rough count of float32 activations per token (about 40 vectors of the width a layer, and two of the
+        vocabulary), against a quarter of the memory of a GPU that is free now; on a CPU 16,384 tokens keep the working
+        set near the caches. RLHF_MICRO_TOKENS overrides it.
+        """
+        if given := os.environ.get("RLHF_MICRO_TOKENS"):
+            return int(given)
+        if not torch.cuda.is_available():
+            return 16384
+        config = self.model.config.get_text_config()
+        per_token = 4 * (40 * config.hidden_size * config.num_hidden_layers + 2 * config.vocab_size)
+        return max(2048, int(torch.cuda.mem_get_info()[0] / 4 / per_token))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -148,6 +188,10 @@ def load_own(folder: Path, kind: str):
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ModelError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, more than the model has embeddings")
+    if (model.config.pad_token_id, model.config.eos_token_id) != (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        raise ModelError(
+            f"{folder}: config.json and the tokenizer do not have the same PAD and EOS; remove the folder and run `dvc repro`"
+        )
     broken = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
     if broken:
         raise ModelError(
@@ -195,11 +239,6 @@ def _unloadable(name: str, kind: str, error: Exception) -> ModelError:
     return ModelError(f"{name}: cannot be loaded as {kind}: {fix}\n  {type(error).__name__}: {str(error)[:400]}")
 
 
-def context_of(model) -> int:
-    """Tokens that fit into the model's context."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
-
-
 # ---- how a policy is prompted ----------------------------------------------------------------------------------------
 
 
@@ -238,19 +277,3 @@ def save(model: nn.Module, tokenizer, folder: Path) -> None:
     with atomic.folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def token_budget(model: nn.Module) -> int:
-    """Padded tokens of one micro-batch that fit this device: what divides a global batch, never what defines it.
-
-    A rough count of float32 activations per token (about 40 vectors of the width a layer, and two of the vocabulary),
-    against a quarter of the free memory of a GPU; on a CPU 16,384 tokens keep the working set near the caches.
-    RLHF_MICRO_TOKENS overrides it.
-    """
-    if given := os.environ.get("RLHF_MICRO_TOKENS"):
-        return int(given)
-    if not torch.cuda.is_available():
-        return 16384
-    config = model.config.get_text_config()
-    per_token = 4 * (40 * config.hidden_size * config.num_hidden_layers + 2 * config.vocab_size)
-    return max(2048, int(torch.cuda.mem_get_info()[0] / 4 / per_token))

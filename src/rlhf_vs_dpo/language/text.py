@@ -28,6 +28,32 @@ class Tokens(NamedTuple):
         return len(self.prompt) + len(self.response)
 
 
+class Examples(NamedTuple):
+    """Texts to learn from or to measure, and their ids for errors."""
+
+    tokens: list[Tokens]
+    names: list[str]
+
+
+class Pairs(NamedTuple):
+    """Two responses to each prompt, the first preferred; the ids of the pairs, for errors."""
+
+    chosen: list[Tokens]
+    rejected: list[Tokens]
+    names: list[str]
+
+    def both(self, group: Sequence[int]) -> list[Tokens]:
+        """The chosen, then the rejected responses of some pairs: what one forward pass reads of them."""
+        return [self.chosen[i] for i in group] + [self.rejected[i] for i in group]
+
+
+class Prompts(NamedTuple):
+    """Prompts as ids with their BOS, and the names that key their random streams and appear in errors."""
+
+    ids: list[list[int]]
+    names: list[str]
+
+
 class Batch(NamedTuple):
     """Examples padded on the right to one length T.
 
@@ -92,6 +118,11 @@ def encode_prompts(tokenizer, prompts: Sequence[str], suffix: str = "") -> list[
     return [[*ids, *end] if bos is None or ids[:1] == [bos] else [bos, *ids, *end] for ids in encoded]
 
 
+def prompts_of(tokenizer, table: pd.DataFrame) -> Prompts:
+    """The rows of a table with `prompt_id` and `prompt`, as ids named by prompt_id."""
+    return Prompts(encode_prompts(tokenizer, list(table["prompt"])), list(table["prompt_id"]))
+
+
 def encode_responses(tokenizer, responses: Sequence[str], names: Sequence[str]) -> list[list[int]]:
     """Ids of each response, closed by EOS.
 
@@ -133,6 +164,14 @@ def encode(
     return encoded
 
 
+def encode_pairs(tokenizer, pairs: pd.DataFrame, context: int) -> Pairs:
+    """Tokenise a `pairs` table; raises DataError as `encode` does."""
+    chosen, rejected = (
+        encode(tokenizer, pairs["prompt"], pairs[side], pairs["pair_id"], context) for side in ("chosen", "rejected")
+    )
+    return Pairs(chosen, rejected, list(pairs["pair_id"]))
+
+
 def documents(tokenizer, texts: pd.Series, context: int) -> list[Tokens]:
     """A corpus for language modelling: BOS alone is the prompt, so that every token of the text is predicted.
 
@@ -159,9 +198,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(str(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def check_distinct(chosen: Sequence[Tokens], rejected: Sequence[Tokens], names: Sequence[str]) -> None:
+def check_distinct(pairs: Pairs) -> None:
     """Two texts can be one to a tokenizer (unknown words): nothing can be learned from such a pair."""
-    same = [name for a, b, name in zip(chosen, rejected, names, strict=True) if a.response == b.response]
+    same = [name for a, b, name in zip(*pairs, strict=True) if a.response == b.response]
     if same:
         raise DataError(
             f"{_some(same)}: chosen and rejected are the same tokens to this model's tokenizer; remove the row"

@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo.preferences import gold
 from rlhf_vs_dpo.config import GoldJudge, LanguageModelJudge, RewardModelJudge
 from rlhf_vs_dpo.errors import DataError, JudgeError, ModelError
+from rlhf_vs_dpo.preferences import gold
 from rlhf_vs_dpo.run.progress import bar
 
 VERDICTS = ("win", "consistent", "first")
@@ -114,15 +114,15 @@ class ByRewardModel:
         import torch
 
         if self.own is not None:
-            from rlhf_vs_dpo.language.text import Tokens, encode_prompts
             from rlhf_vs_dpo.language import forward
+            from rlhf_vs_dpo.language.text import Tokens, encode_prompts
 
             ids = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
             examples = [
                 Tokens(asked, [*said, self.tokenizer.eos_token_id])
                 for asked, said in zip(encode_prompts(self.tokenizer, prompts), ids, strict=True)
             ]
-            return np.array(forward.scores(self.own, examples, self.tokenizer.pad_token_id, what))
+            return np.array(forward.scores(self.own, examples, what))
         pairs = list(zip(prompts, responses, strict=True))
         distinct = sorted(set(pairs), key=lambda pair: len(pair[0]) + len(pair[1]))
         found: dict[tuple[str, str], float] = {}

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
-from rlhf_vs_dpo.preferences import annotator, gold
-from rlhf_vs_dpo.config import Annotator, Sampling
+from rlhf_vs_dpo.config import Annotator
 from rlhf_vs_dpo.language.generation import decode, generate_together
-from rlhf_vs_dpo.language.text import encode_prompts
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import prompts_of
+from rlhf_vs_dpo.preferences import annotator, gold
 
 
 class Labelled(NamedTuple):
@@ -22,22 +22,19 @@ class Labelled(NamedTuple):
 
 
 def label(
-    model: nn.Module,
+    policy: Policy,
     tokenizer,
     prompts: pd.DataFrame,
     judge: gold.Gold,
     settings: Annotator,
-    sampling: Sampling,
+    max_new_tokens: int,
     seed: int,
     what: str,
 ) -> Labelled:
     """Sample two responses for each row of `prompts` and let the annotator choose; unusable pairs are left out."""
     rows = prompts.reset_index(drop=True)
     both = pd.concat([rows.assign(sample=0), rows.assign(sample=1)], ignore_index=True)
-    drawn = generate_together(
-        model, tokenizer, encode_prompts(tokenizer, list(both["prompt"])), list(both["prompt_id"]),
-        list(both["sample"]), sampling, seed, what,
-    )  # fmt: skip
+    drawn = generate_together(policy, prompts_of(tokenizer, both), list(both["sample"]), max_new_tokens, seed, what)
     both["response"] = decode(tokenizer, drawn.tokens)
     both["tokens"] = [len(tokens.response) for tokens in drawn.tokens]
     both["finished"] = drawn.finished

@@ -12,6 +12,7 @@ from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, 
 from rlhf_vs_dpo.report.figures import NAMES, Figure
 from rlhf_vs_dpo.report.marks import marked
 
+SHARED = ("sft", "preferences", "reward", "reference", "pool")  # stages of a line whose cost several methods share
 COLUMNS = {  # metric -> (heading, digits)
     "gold": ("gold", 2),
     "reward": ("RM reward", 2),
@@ -31,7 +32,8 @@ COLUMNS = {  # metric -> (heading, digits)
 
 @dataclass(frozen=True)
 class Trace:
-    """Where a policy comes from: `stage` and `lock` of DVC, `run` and `link` of MLflow, the parameters of its method.
+    """Where a policy comes from: `stage` and `lock` of DVC, the parameters of its method; and, of the run that made it here,
+    `run` and `link` of MLflow.
 
     For best-of-n without training: where the pool comes from.
     """
@@ -49,22 +51,22 @@ class Source:
     """Everything the report is made of.
 
     found            evaluation/results.json
-    reward_quality   metrics of the reward stage
-    samples          first sample of each policy for each test prompt: method -> prompt_id -> response
+    reward_quality   metrics of the reward stage of each line
+    samples          first sample of each policy of the first line for each test prompt: method -> prompt_id -> response
     prompts          test prompts, `prompt_id, prompt, facts`
     demonstrations   prompt_id -> response
     traces           method -> its policies
-    shared           runs of the stages that methods share
+    took             evaluation/machine.json: what each stage and method took of the machine
     """
 
     found: dict[str, Any]
-    reward_quality: dict[str, Any]
+    reward_quality: list[dict[str, Any]]
     samples: dict[str, dict[str, str]]
     prompts: pd.DataFrame
     demonstrations: dict[str, str]
     judge: Gold | None
     traces: dict[str, list[Trace]]
-    shared: dict[str, dict[str, Any]]
+    took: dict[str, Any]
     examples: int
     figures: list[Figure]
 
@@ -81,16 +83,19 @@ def blocks(source: Source) -> list[Block]:
         *(Text(sentence) for sentence in words.verdict(found)),
         Heading("The comparison", "comparison"),
         main_table(found, set(source.traces)),
-        *(Text(sentence) for sentence in words.limits(found)),
+        *(Text(sentence) for sentence in [*words.limits(found), *filter(None, [made_by(source.took["stages"])])]),
         Text(
-            f"The reward model orders held-out pairs as the annotator did in {source.reward_quality['accuracy']:.1%} of cases "
-            f"(± {1.96 * source.reward_quality['accuracy_standard_error']:.1%})"
+            f"The reward model{'s order' if len(source.reward_quality) > 1 else ' orders'} held-out pairs as the annotator did in "
+            + ", ".join(
+                f"{q['accuracy']:.1%} (± {1.96 * q['accuracy_standard_error']:.1%})" for q in source.reward_quality
+            )
+            + " of cases"
             + ("; `pairs` says the same of a policy's implicit reward." if _known(found, "pair_accuracy") else ".")
         ),
         *shown("comparison", "frontier"),
         Heading("Who differs from whom", "differences"),
         *differences(found),
-        *seeds(found),
+        *lines(found),
         Heading("Over-optimisation", "overoptimisation"),
         *shown("overoptimisation", "best_of_n"),
         *overoptimisation(found),
@@ -110,17 +115,14 @@ def blocks(source: Source) -> list[Block]:
         Text(
             "FLOPs = N (6 · tokens trained + 2 · (tokens generated + tokens read)), N being the weights outside the embedding "
             "(Kaplan et al. 2020); a token counts once for each network and pass that learns from it. Monitoring and evaluation "
-            "are left out of tokens and FLOPs; seconds are wall time of whole stages, on "
-            + ", ".join(sorted({run["device"] for run in source.shared.values()}))
-            + "; peak memory is that of the process (of the GPU, where there is one): with small models mostly that of the "
-            "libraries. Labels are counted nowhere."
+            "are left out. Labels are counted nowhere. Seconds and memory are of the machine that ran it, and stand in run.html."
             + "".join(
                 f" {method} asks the annotator while it trains: pairs of its later rounds are new ones."
                 for method in _online(source)
             )
         ),
         costs(found),
-        shared_costs(source.shared),
+        shared_costs(source),
         *inference(found),
         *shown("cost"),
         Heading("What is bent: length, filler, diversity", "bent"),
@@ -133,7 +135,7 @@ def blocks(source: Source) -> list[Block]:
         *judged(found),
         Heading("The same post, summarised by every policy", "texts"),
         Text(
-            "Open a post: the first sample of each policy's first seed, and the best of the first n of the pool."
+            "Open a post: the first sample of each policy of the first line, and the best of the first n of the pool."
             + (
                 " Marks are what the gold reward says of each clause: coverage, and what it adds; faithfulness, redundancy, filler "
                 "and form, and what they cost."
@@ -151,11 +153,64 @@ def blocks(source: Source) -> list[Block]:
         Details("Bounds beside what was measured", [bounds(found)]),
         Heading("Where every number comes from", "traces"),
         Text(
-            "`make ui` opens MLflow, where the run ids are; `dvc repro <stage>` makes a policy again; its hash is that of its "
-            "weights in dvc.lock, `dvc checkout` brings them back. All numbers are in evaluation/results.json."
+            "`dvc repro <stage>` makes a policy again; its hash is that of its weights in dvc.lock, the same on every machine; "
+            "`dvc checkout` brings them back. Its MLflow run stands in run.html. All numbers are in evaluation/results.json."
         ),
         *traces(source.traces),
     ]
+
+
+def run_blocks(source: Source) -> list[Block]:
+    """What differs from one run to the next, and from one machine to another: seconds, memory, devices, MLflow runs."""
+    runs = source.took["stages"]
+    devices = sorted({f"{run['device']} ({run['arithmetic']})" for run in runs.values()})
+    head = ["stage", "seconds", "peak MiB", "MLflow run"]
+    linked = {trace.folder: trace for traced in source.traces.values() for trace in traced}
+    rows = [
+        [
+            Cell(name), Cell(f"{run['seconds']:.0f}", run["seconds"]),
+            Cell(f"{run['peak_memory_mib']:.0f}", run["peak_memory_mib"]),
+            Cell(run["run_id"], link=linked[name].link if name in linked else None),
+        ]
+        for name, run in runs.items()
+    ]  # fmt: skip
+    taken = [
+        [
+            Cell(row), Cell(f"{spent['own_seconds']:.0f}", spent["own_seconds"]),
+            Cell(f"{spent['total_seconds']:.0f}", spent["total_seconds"]),
+            Cell(f"{spent['peak_memory_mib']:.0f}", spent["peak_memory_mib"]),
+        ]
+        for row, spent in source.took["methods"].items()
+    ]  # fmt: skip
+    return [
+        Text(
+            "What differs from one run to the next stands here, and here alone: all other pages of the report are the same on every machine. "
+            f"Computed on {'; '.join(devices)}."
+        ),
+        Text(
+            "Seconds are wall time of whole stages, which may have shared the machine with others; peak memory is that of the process (of "
+            "the GPU, where there is one): with small models mostly that of the libraries. `make ui` opens MLflow, where the run ids are."
+        ),
+        Table(
+            ["policy", "own s", "total s", "peak MiB"],
+            taken,
+            "Each method, with what it needs upstream; means over lines",
+            "taken",
+        ),
+        Table(head, rows, "Each stage", "stages"),
+    ]
+
+
+def made_by(runs: dict[str, dict[str, Any]]) -> str | None:
+    """A sentence where not all was computed with the arithmetic that is the same everywhere; else None."""
+    kinds = sorted({run["device"] for run in runs.values() if not run["device"].startswith("CPU")})
+    own = sorted({run["arithmetic"] for run in runs.values() if run["arithmetic"].startswith("native")})
+    said = []
+    if kinds:
+        said.append(f"Computed on {', '.join(kinds)}: another kind of device gives other bytes.")
+    if own:
+        said.append("Computed with RLHF_NATIVE: these bytes are one machine's own, and another machine gives others.")
+    return " ".join(said) or None
 
 
 def _online(source: Source) -> list[str]:
@@ -227,21 +282,21 @@ def differences(found: dict[str, Any]) -> list[Block]:
     ]
 
 
-def seeds(found: dict[str, Any]) -> list[Block]:
+def lines(found: dict[str, Any]) -> list[Block]:
     if len(found["seeds"]) == 1:
         return []
     rows = [
         [
-            Cell(row), Cell(str(s["seeds"]), s["seeds"]),
+            Cell(row), Cell(str(s["lines"]), s["lines"]),
             *(Cell("–" if s[key] is None else f"{s[key]:.3f}", s[key]) for key in ("standard_deviation", "lowest", "highest")),
             Cell(f"{s['collapsed']:.0%}", s["collapsed"]),
         ]
         for row, s in found["spread"].items()
-        if row in found["paths"]
+        if row in found["paths"] or row == "sft"
     ]  # fmt: skip
     return [
-        Table(["policy", "seeds", "standard deviation", "lowest", "highest", "collapsed"], rows,
-              f"Spread of mean {NAMES[found['judge']]} between seeds; what counts as collapsed is `evaluate.collapse` in params.yaml", "seeds")
+        Table(["policy", "lines", "standard deviation", "lowest", "highest", "collapsed"], rows,
+              f"Spread of mean {NAMES[found['judge']]} between lines; what counts as collapsed is `evaluate.collapse` in params.yaml", "lines")
     ]  # fmt: skip
 
 
@@ -334,31 +389,26 @@ def costs(found: dict[str, Any]) -> Table:
         total, own = spent["total"], spent["own"]
         rows.append(
             [
-                Cell(row), Cell(", ".join(spent["needs"])), Cell(f"{own['seconds']:.0f}", own["seconds"]),
-                Cell(f"{total['seconds']:.0f}", total["seconds"]),
+                Cell(row), Cell(", ".join(spent["needs"])),
                 *(Cell(f"{total[key]:,.0f}", total[key]) for key in ("tokens_trained", "tokens_generated", "tokens_read")),
                 Cell(f"{own['flops']:.2e}", own["flops"]), Cell(f"{total['flops']:.2e}", total["flops"]),
-                Cell(f"{spent['peak_memory_mib']:.0f}", spent["peak_memory_mib"]), Cell(str(spent["models_held"]), spent["models_held"]),
+                Cell(str(spent["models_held"]), spent["models_held"]),
                 Cell(f"{spent['hyperparameters']} + {spent['hyperparameters_upstream']}", spent["hyperparameters"]),
                 Cell(f"{spent['tokens_per_answer']:.1f}", spent["tokens_per_answer"]),
             ]
         )  # fmt: skip
     return Table(
-        ["policy", "needs", "own s", "total s", "tokens trained", "tokens generated", "tokens read", "own FLOPs", "total FLOPs",
-         "peak MiB", "models held", "hyper-parameters (own + RM)", "tokens per answer / SFT's"],
+        ["policy", "needs", "tokens trained", "tokens generated", "tokens read", "own FLOPs", "total FLOPs", "models held", "hyper-parameters (own + RM)", "tokens per answer / SFT's"],
         rows, "Cost of one run of each method with what it needs upstream; the SFT policy is everybody's and left out", "cost",
     )  # fmt: skip
 
 
-def shared_costs(shared: dict[str, dict[str, Any]]) -> Table:
-    rows = [
-        [
-            Cell(name), Cell(f"{run['seconds']:.0f}", run["seconds"]),
-            *(Cell(f"{run.get(key, 0):,}", run.get(key, 0)) for key in ("tokens_trained", "tokens_generated", "tokens_read")),
-        ]
-        for name, run in shared.items()
-    ]  # fmt: skip
-    return Table(["stage", "seconds", "tokens trained", "tokens generated", "tokens read"], rows,
+def shared_costs(source: Source) -> Table:
+    counted = ("tokens_trained", "tokens_generated", "tokens_read")
+    names = ["base", *(f"{name}-{seed}" for seed in source.found["seeds"] for name in SHARED)]
+    runs = source.took["stages"]
+    rows = [[Cell(name), *(Cell(f"{runs[name].get(k, 0):,}", runs[name].get(k, 0)) for k in counted)] for name in names]
+    return Table(["stage", "tokens trained", "tokens generated", "tokens read"], rows,
                  "Stages that methods share; of the pool, only the share that methods learn from counts above", "shared")  # fmt: skip
 
 
@@ -477,14 +527,10 @@ def bounds(found: dict[str, Any]) -> Table:
 def traces(found: dict[str, list[Trace]]) -> list[Block]:
     parts: list[Block] = []
     for method, policies in found.items():
-        rows = [[Cell(p.folder), Cell(p.stage), Cell(p.run, link=p.link), Cell(p.lock)] for p in policies]
+        rows = [[Cell(p.folder), Cell(p.stage), Cell(p.lock)] for p in policies]
         settings = ", ".join(f"{key} = {value}" for key, value in policies[0].settings.items())
         parts.append(Heading(method, anchor(method)))
-        parts.append(
-            Table(
-                ["policy", "DVC stage", "MLflow run", "md5 in dvc.lock"], rows, f"Policies of {method}", anchor(method)
-            )
-        )
+        parts.append(Table(["policy", "DVC stage", "md5 in dvc.lock"], rows, f"Policies of {method}", anchor(method)))
         if settings:
             parts.append(Text(f"Parameters: `{settings}`."))
     return parts

@@ -284,20 +284,19 @@ def compute(plt, found: dict[str, Any], style: Style) -> Figure | None:
 
 def cost(plt, found: dict[str, Any], style: Style) -> Figure:
     judge = found["judge"]
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.2), sharey=True, layout="constrained")
-    for axis, (key, label) in zip(axes, [("flops", "FLOPs"), ("seconds", "seconds of wall time")], strict=True):
-        for row, spent in found["cost"].items():
-            entry = found["methods"][row][judge]
-            if entry["mean"] is None:
-                continue
-            axis.errorbar(
-                spent["total"][key], entry["mean"], yerr=[[max(entry["mean"] - entry["low"], 0)], [max(entry["high"] - entry["mean"], 0)]],
-                fmt=style.marker(row), color=style.colour(row), markersize=6, elinewidth=0.8, label=row,
-            )  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_xlabel(f"{label}, upstream included")
-    axes[0].set_ylabel(NAMES[judge])
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for row, spent in found["cost"].items():
+        entry = found["methods"][row][judge]
+        if entry["mean"] is None:
+            continue
+        axis.errorbar(
+            spent["total"]["flops"], entry["mean"], yerr=[[max(entry["mean"] - entry["low"], 0)], [max(entry["high"] - entry["mean"], 0)]],
+            fmt=style.marker(row), color=style.colour(row), markersize=6, elinewidth=0.8, label=row,
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xlabel("FLOPs, upstream included")
+    axis.set_ylabel(NAMES[judge])
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     parts = ", ".join(f"{row} {spent['total']['flops']:.2g}" for row, spent in found["cost"].items())
     return Figure(
         "cost",

@@ -20,7 +20,10 @@ def _picture(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(small).decode()
 
 
-def render(blocks: list[Block]) -> str:
+TITLE = "RLHF versus DPO: the comparison"
+
+
+def render(blocks: list[Block], title: str = TITLE) -> str:
     """The page; the paragraphs before the first heading are the verdict."""
     lead = next(i for i, block in enumerate(blocks) if not isinstance(block, Text))
     environment = Environment(
@@ -32,5 +35,9 @@ def render(blocks: list[Block]) -> str:
     environment.tests["even"] = lambda number: number % 2 == 0
     template = environment.get_template("page.html.j2")
     return template.render(
-        verdict=blocks[:lead], blocks=blocks[lead:], kind_of=lambda block: type(block).__name__, picture=_picture
+        title=title,
+        verdict=blocks[:lead],
+        blocks=blocks[lead:],
+        kind_of=lambda block: type(block).__name__,
+        picture=_picture,
     )

@@ -58,7 +58,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
         return ["Too few policies finished a response to be compared."]
     leader = max(measured, key=lambda row: measured[row]["mean"])
     equals = [row for row in measured if row != leader and (pair(found, leader, row)["p_holm"] or 0.0) >= ALPHA]
-    seeds = len(found["seeds"])
+    lines = len(found["seeds"])
     first = (
         f"On {found['prompts']} test prompts {leader} has the highest {NAMES[judge]}, {number(measured[leader])}, against "
         f"{number(measured['sft'])} of the SFT policy; "
@@ -88,7 +88,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
         a, b = found["cost"][rl], found["cost"][preference]
         third = (
             f"With all that it needs before it starts, {rl} takes {a['total']['flops'] / b['total']['flops']:.1f} times the "
-            f"FLOPs of {preference}, {a['total']['seconds'] / b['total']['seconds']:.1f} times the time, and holds "
+            f"FLOPs of {preference}, and holds "
             f"{a['models_held']} model{'s' if a['models_held'] != 1 else ''} at once against {b['models_held']}; "
         )
     else:
@@ -105,17 +105,17 @@ def verdict(found: dict[str, Any]) -> list[str]:
             else f"The run trained {_listed(trained) or 'no policy'}, not a method of both families, so that it compares no RL with the DPO family."
         )
         third = ""
-    if seeds == 1:
-        third += "one seed per method was run, so that none of this says how another training run would have ended."
+    if lines == 1:
+        third += "one line was run, so that none of this says how another run of the whole pipeline would have ended."
     else:
         trained = {row: s for row, s in found["spread"].items() if row in found["paths"]}
         spread = {row: s["standard_deviation"] for row, s in trained.items() if s["standard_deviation"] is not None}
-        collapsed = sum(round(s["collapsed"] * s["seeds"]) for s in trained.values())
-        runs = sum(s["seeds"] for s in trained.values())
+        collapsed = sum(round(s["collapsed"] * s["lines"]) for s in trained.values())
+        runs = sum(s["lines"] for s in trained.values())
         widest = max(spread, key=spread.__getitem__) if spread else None
-        third += f"over {seeds} seeds, {collapsed} of {runs} runs collapsed"
+        third += f"over {lines} lines, {collapsed} of {runs} runs collapsed"
         third += (
-            f", and the widest spread between seeds is that of {widest} (standard deviation {spread[widest]:.2f})."
+            f", and the widest spread between lines is that of {widest} (standard deviation {spread[widest]:.2f})."
             if widest
             else "."
         )
@@ -124,19 +124,25 @@ def verdict(found: dict[str, Any]) -> list[str]:
 
 def limits(found: dict[str, Any]) -> list[str]:
     """What the numbers cannot say."""
-    seeds = len(found["seeds"])
+    lines = len(found["seeds"])
     said = [
         "Intervals are 95 %, from a bootstrap over test prompts"
         + (
-            "; one seed per method was run, so that they say nothing of how another training run would have ended, and p-values "
-            "compare these policies, not their methods."
-            if seeds == 1
-            else f" and over {seeds} seeds together, widened for how few seeds there are. SFT policy, pairs and reward model are "
-            "those of one seed: what another reward model would have done is not in them. Where a fit peaks, the interval is of "
-            "plain percentiles."
+            "; one line was run (one SFT policy, one draw of pairs, one reward model, one run of each method), so that they say nothing of how "
+            "another run of the pipeline would have ended, and p-values compare these policies, not their methods."
+            if lines == 1
+            else f" and over {lines} lines together, widened for how few there are. A line is a run of the whole pipeline from its own "
+            "seed: its own SFT policy, pairs and reward model. Each policy is compared with the SFT policy of its line, and differences between "
+            "methods are taken within each line before they are averaged. Where a fit peaks, the interval is of plain percentiles."
         ),
         "Each method was run at one setting (params.yaml): the order of methods is an order of settings, too.",
         "RM reward is the mean over responses that ended, for there is no EOS to score the others at."
+        + (
+            " Every line has a reward model of its own, and these are not on one scale: what is averaged over lines is each policy's "
+            "reward by its own line's model, 0 being the average demonstration there."
+            if lines > 1
+            else ""
+        )
         + (
             ""
             if found["judge"] == "gold"

@@ -103,7 +103,9 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
             if arithmetic.native():
                 print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
             recorder = Recorder()
-            recorder.tell(create=os.environ.get("DVC_STAGE", name), tags=tags | {"arithmetic": arithmetic.name()}, params=params)
+            recorder.tell(
+                create=os.environ.get("DVC_STAGE", name), tags=tags | {"arithmetic": arithmetic.name()}, params=params
+            )
         run = Run(params, recorder)
         run.reads(*inputs)
         yield run
@@ -111,7 +113,9 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
             seconds = time.monotonic() - started
             spent = {"seconds": round(seconds, 1), "peak_memory_mib": round(_peak_memory(), 1), **run.cost}
             device = _device_name()
-            recorder.tell(metrics={f"cost/{name}": value for name, value in spent.items()}, step=0, tags={"device": device})
+            recorder.tell(
+                metrics={f"cost/{name}": value for name, value in spent.items()}, step=0, tags={"device": device}
+            )
             run_id = recorder.end("FINISHED")
             if run_file is not None:
                 content = {"run_id": run_id, "device": device, "arithmetic": arithmetic.name(), **spent}

@@ -103,7 +103,9 @@ def _share_view(judge: str) -> None:
         "searchFilter": "", "orderByKey": f"metrics.`evaluation/{judge}`", "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns,
     }  # fmt: skip
-    store.client().set_experiment_tag(store.experiment(store.EXPERIMENT), f"mlflow.sharedViewState.{store.VIEW}", json.dumps(state))
+    store.client().set_experiment_tag(
+        store.experiment(store.EXPERIMENT), f"mlflow.sharedViewState.{store.VIEW}", json.dumps(state)
+    )
 
 
 def _run_of(entry: dict[str, Any]) -> str:

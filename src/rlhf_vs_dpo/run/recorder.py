@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from rlhf_vs_dpo.errors import DataError
@@ -63,7 +62,9 @@ class Recorder:
             self.process.stdin.flush()
         except BrokenPipeError:
             self.ended.wait()
-            raise DataError(self.failure or "the process that tells MLflow has ended; its message stands above") from None
+            raise DataError(
+                self.failure or "the process that tells MLflow has ended; its message stands above"
+            ) from None
 
     def end(self, status: str) -> str | None:
         """End the run, wait until MLflow has everything, and return the run's id.

@@ -124,7 +124,10 @@ def datasets(paths: dict[str, str]) -> list[Any]:
     return [
         DatasetInput(
             Dataset(
-                name=Path(path).stem, digest=md5[:36], source_type="local", source=json.dumps({"uri": path, "dvc.md5": md5})
+                name=Path(path).stem,
+                digest=md5[:36],
+                source_type="local",
+                source=json.dumps({"uri": path, "dvc.md5": md5}),
             ),
             [InputTag("mlflow.data.context", "input")],
         )

@@ -8,9 +8,9 @@ import pandas as pd
 
 from rlhf_vs_dpo.config import Files
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.tables import validate
 from rlhf_vs_dpo.sources import Tables
 from rlhf_vs_dpo.sources.forms import Render, derived, prompt_id, split_of, to_pairs
+from rlhf_vs_dpo.tables import validate
 
 WATCHED = Path("data/own")  # a dependency of the `data` stage
 

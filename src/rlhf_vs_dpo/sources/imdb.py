@@ -18,10 +18,10 @@ import pandas as pd
 
 from rlhf_vs_dpo.config import Imdb
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.tables import empty
 from rlhf_vs_dpo.sources import Tables
 from rlhf_vs_dpo.sources.forms import prompt_id
 from rlhf_vs_dpo.sources.hub import load_rows
+from rlhf_vs_dpo.tables import empty
 
 
 def reviews(settings: Imdb) -> pd.DataFrame:

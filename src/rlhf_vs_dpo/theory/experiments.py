@@ -13,14 +13,15 @@ import torch
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Rl, Theory
+from rlhf_vs_dpo.language.forward import scores
 from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.text import Tokens
+from rlhf_vs_dpo.language.text import Pairs, Tokens
 from rlhf_vs_dpo.theory import laws
 from rlhf_vs_dpo.theory.problems import CONTROLS, Problem
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
-from rlhf_vs_dpo.language.forward import scores
 from rlhf_vs_dpo.training.imitation import from_pairs
+from rlhf_vs_dpo.training.learner import Networks
 
 POINTS = 40  # of a curve
 
@@ -45,13 +46,13 @@ class Watch:
         self.steps = steps
         self.curve: list[tuple[int, float]] = []
 
-    def watch(self, model, step: int, log) -> None:
+    def watch(self, policy: Policy, step: int, log) -> None:
         if step % self.every == 0 or step == self.steps:
-            self.curve.append((step, self.measure(model)["kl"]))
+            self.curve.append((step, self.measure(policy)["kl"]))
 
-    def measure(self, model) -> dict[str, float]:
+    def measure(self, policy: Policy) -> dict[str, float]:
         """Worst prompt: total variation, and KL(pi || optimum) in nats."""
-        pi = self.problem.distribution(model, self.suffix)
+        pi = self.problem.distribution(policy, self.suffix)
         return {
             "total_variation": float(laws.total_variation(pi, self.optimum).max()),
             "kl": float(laws.kl(pi, self.optimum).max()),
@@ -84,15 +85,14 @@ def rl_settings(name: str, iterations: int, episodes: int, beta: float, scale: f
 
 def reinforcement(problem: Problem, settings: Rl, seed: int) -> tuple[dict[str, float], list[tuple[int, float]]]:
     """Train on sampled episodes; distance to the Gibbs policy, and its curve over iterations."""
-    model = problem.start()
+    policy = problem.start()
     watch = Watch(problem, problem.optimum(settings.kl_coefficient), settings.iterations)
     settings = settings.model_copy(update={"unfinished_reward": problem.unfinished_reward})
-    names = [f"{problem.name}-{i}" for i in range(len(problem.prompts))]
     policy_gradient.train(
-        Policy(model, 1.0), Policy(problem.model, 1.0), problem.scorer, problem.tokenizer, problem.prompts, names, [],
-        settings, problem.sampling, seed, watch, _silent, f"{problem.name}: {settings.algorithm}",
+        Networks(policy, problem.reference, problem.scorer), problem.prompts, [], settings, problem.max_new_tokens, seed,
+        watch, _silent, f"{problem.name}: {settings.algorithm}",
     )  # fmt: skip
-    return watch.measure(model), watch.curve
+    return watch.measure(policy), watch.curve
 
 
 def population(problem: Problem, count: int, same: bool, seed: int) -> pd.DataFrame:
@@ -116,28 +116,36 @@ def population(problem: Problem, count: int, same: bool, seed: int) -> pd.DataFr
     return pd.DataFrame({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
-def _tokens(problem: Problem, pairs: pd.DataFrame) -> list[list[Tokens]]:
+def _tokens(problem: Problem, pairs: pd.DataFrame) -> Pairs:
     """Chosen and rejected texts of a population."""
-    return [
-        [Tokens(problem.prompts[p], problem.responses[y]) for p, y in zip(pairs["prompt"], pairs[side], strict=True)]
+    prompts, responses = problem.prompts.ids, problem.responses
+    chosen, rejected = (
+        [Tokens(prompts[p], responses[y]) for p, y in zip(pairs["prompt"], pairs[side], strict=True)]
         for side in ("chosen", "rejected")
-    ]
+    )
+    return Pairs(chosen, rejected, list(map(str, pairs.index)))
 
 
 def direct(
     problem: Problem, settings: config.Preference, pairs: pd.DataFrame, steps: int, optimum: np.ndarray, seed: int
 ) -> tuple[dict[str, float], list[tuple[int, float]]]:
     """Train on population pairs by a loss of the DPO family; distance to `optimum`, and its curve over steps."""
-    model = problem.start()
+    policy = problem.start()
     watch = Watch(problem, optimum, steps)
-    sides = _tokens(problem, pairs)
     log_ref = np.log(problem.ref)
     known = pd.DataFrame({f"{side}_logp": log_ref[pairs["prompt"], pairs[side]] for side in ("chosen", "rejected")})
     preference.train(
-        Policy(model, 1.0), *sides, list(map(str, pairs.index)), known, problem.tokenizer.pad_token_id, settings, steps,
-        seed, watch, _silent, f"{problem.name}: {settings.loss}",
-    )  # fmt: skip
-    return watch.measure(model), watch.curve
+        policy,
+        _tokens(problem, pairs),
+        known,
+        settings,
+        steps,
+        seed,
+        watch,
+        _silent,
+        f"{problem.name}: {settings.loss}",
+    )
+    return watch.measure(policy), watch.curve
 
 
 def modelled(problem: Problem, pairs: pd.DataFrame, beta: float, steps: int, batch: int, seed: int) -> dict[str, float]:
@@ -146,13 +154,9 @@ def modelled(problem: Problem, pairs: pd.DataFrame, beta: float, steps: int, bat
     with torch.no_grad():
         scorer.head.weight.zero_()
     settings = config.Dpo(loss="dpo", beta=beta, batch=batch, learning_rate=0.1, **PASSES)
-    sides = _tokens(problem, pairs)
-    pad = problem.tokenizer.pad_token_id
     training = supervised.as_training(settings, steps)
-    reward_training.train(
-        scorer, *sides, list(map(str, pairs.index)), pad, training, seed, _silent, f"{problem.name}: reward model"
-    )
-    learned = scores(scorer, [Tokens(p, y) for p in problem.prompts for y in problem.responses], pad)
+    reward_training.train(scorer, _tokens(problem, pairs), training, seed, _silent, f"{problem.name}: reward model")
+    learned = scores(scorer, problem.examples())
     policy, _ = laws.gibbs(problem.ref, np.array(learned).reshape(problem.ref.shape), beta)
     optimum = problem.optimum(beta)
     return {
@@ -165,7 +169,7 @@ def imitated(
     problem: Problem, recipe: str, pairs: pd.DataFrame, steps: int, batch: int, seed: int
 ) -> tuple[dict[str, float], list[tuple[int, float]], np.ndarray]:
     """SFT on chosen responses or behind control tokens; distance to the law of the chosen response, and the policy."""
-    model = problem.start()
+    policy = problem.start()
     law = np.stack([laws.chosen_law(ref, reward) for ref, reward in zip(problem.ref, problem.reward, strict=True)])
     controlled = recipe == "control_tokens"
     suffix = tuple(problem.tokenizer.convert_tokens_to_ids(CONTROLS[:1])) if controlled else ()
@@ -185,10 +189,10 @@ def imitated(
     examples = from_pairs(recipe, table, problem.tokenizer, 16)
     settings = config.ChosenSft(recipe="chosen_sft", batch=batch, learning_rate=0.03, **PASSES)
     supervised.likelihood(
-        Policy(model, 1.0), *examples, problem.tokenizer.pad_token_id, supervised.as_training(settings, steps), seed,
-        _silent, f"{problem.name}: {recipe}", lambda step: watch.watch(model, step, _silent),
+        policy, examples, supervised.as_training(settings, steps), seed, _silent, f"{problem.name}: {recipe}",
+        lambda step: watch.watch(policy, step, _silent),
     )  # fmt: skip
-    return watch.measure(model), watch.curve, problem.distribution(model, suffix)
+    return watch.measure(policy), watch.curve, problem.distribution(policy, suffix)
 
 
 def study(

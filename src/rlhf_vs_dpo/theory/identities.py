@@ -3,7 +3,6 @@
 What is a loss of the project is called, not rewritten: gradients go through `losses` and the training loops' own code.
 """
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from rlhf_vs_dpo.config import Theory
 from rlhf_vs_dpo.evaluation.best_of_n import kl_bound, log_ratio, order_weights, win_rate_bound
-from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.losses.dpo import dpo
 from rlhf_vs_dpo.losses.gae import token_rewards
 from rlhf_vs_dpo.losses.ipo import ipo
@@ -21,6 +19,7 @@ from rlhf_vs_dpo.theory import laws
 from rlhf_vs_dpo.theory.experiments import Watch, rl_settings
 from rlhf_vs_dpo.theory.problems import Problem
 from rlhf_vs_dpo.training import policy_gradient
+from rlhf_vs_dpo.training.learner import Networks
 
 Identities = dict[str, float]
 Bounds = dict[str, dict[str, float]]
@@ -234,19 +233,16 @@ def two_outcomes(tau: float = 0.5, beta: float = 0.5) -> tuple[Identities, dict[
 
 def ptx_off(problem: Problem, episodes: int, seed: int) -> bool:
     """PPO-ptx with gamma = 0 gives the weights of PPO, bit for bit; with gamma > 0 it does not."""
-    from rlhf_vs_dpo.language.text import Tokens
-
-    corpus = [Tokens(problem.prompts[0], response) for response in problem.responses[:8]]
+    corpus = problem.examples()[:8]  # responses to the first prompt
     weights = []
     for gamma, text in ((0.0, []), (0.0, corpus), (0.5, corpus)):
         settings = rl_settings("ppo", 2, episodes, 0.5, 0.04).model_copy(
             update={"ptx_coefficient": gamma, "ptx_batch": 4, "unfinished_reward": problem.unfinished_reward}
         )
-        model = problem.start()
+        policy = problem.start()
         policy_gradient.train(
-            Policy(model, 1.0), Policy(copy.deepcopy(problem.model), 1.0), problem.scorer, problem.tokenizer,
-            problem.prompts, ["a", "b"], text, settings, problem.sampling, seed,
+            Networks(policy, problem.reference, problem.scorer), problem.prompts, text, settings, problem.max_new_tokens, seed,
             Watch(problem, problem.ref, 10**9), lambda m, s: None, "PPO-ptx",
         )  # fmt: skip
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     return bool(torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2]))

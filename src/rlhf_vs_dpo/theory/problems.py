@@ -1,4 +1,4 @@
-"""Two kinds of enumerable problem, in the form that the production loops take: a model, a tokenizer, a reward model.
+"""Two kinds of enumerable problem, in the form that the production loops take: a policy, a tokenizer, a reward model.
 
 1. `tabular`: a softmax over outcomes for each prompt, one logit per outcome. A response is an outcome and EOS.
 2. `transformer`: a tiny Llama that says at most two tokens of a small vocabulary, so that each of its responses is known.
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_vs_dpo.config import Sampling, Scratch
+from rlhf_vs_dpo.config import Scratch
 from rlhf_vs_dpo.config import Tabular as Size
-from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.heads import Scorer
-from rlhf_vs_dpo.language.models import device, from_scratch
-from rlhf_vs_dpo.language.text import Tokens, word_tokenizer
-from rlhf_vs_dpo.theory import laws
 from rlhf_vs_dpo.language.forward import log_likelihoods, scores
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import device, from_scratch
+from rlhf_vs_dpo.language.text import Prompts, Tokens, word_tokenizer
+from rlhf_vs_dpo.theory import laws
 
 NEVER = -1e4  # logit of what cannot be said: its probability is exactly 0 in float32
 CONTROLS = ("[GOOD]", "[BAD]")
@@ -29,41 +29,45 @@ CONTROLS = ("[GOOD]", "[BAD]")
 
 @dataclass
 class Problem:
-    """prompts and responses (ids); every response of the model is among `responses`, the same for each prompt.
+    """prompts and responses (ids); every response of the reference is among `responses`, the same for each prompt.
 
+    max_new_tokens   of a response
     ref, reward      (P, R) float64: probabilities of the reference, and rewards (of a response that never ended:
                      `unfinished_reward`)
     """
 
     name: str
-    model: nn.Module
+    reference: Policy
     tokenizer: object
     scorer: Scorer
-    prompts: list[list[int]]
+    prompts: Prompts
     responses: list[list[int]]
     unfinished_reward: float
-    sampling: Sampling
+    max_new_tokens: int = 2
 
     def __post_init__(self) -> None:
-        self.ref = self.distribution(self.model)
+        self.ref = self.distribution(self.reference)
         gap = np.abs(self.ref.sum(-1) - 1).max()
         if not gap < 1e-4:
             raise AssertionError(f"the enumeration is not complete: probabilities add up to 1 ± {gap:.2g}")
         self.ref /= self.ref.sum(-1, keepdims=True)
-        examples = [Tokens(p, r) for p in self.prompts for r in self.responses]
-        scored = np.array(scores(self.scorer, examples, self.tokenizer.pad_token_id))
-        ended = np.array([tokens.response[-1] == self.tokenizer.eos_token_id for tokens in examples])
+        examples = self.examples()
+        scored = np.array(scores(self.scorer, examples))
+        ended = np.array([tokens.response[-1] == self.reference.eos for tokens in examples])
         self.reward = np.where(ended, scored, self.unfinished_reward).reshape(self.ref.shape)
 
-    def start(self) -> nn.Module:
+    def start(self) -> Policy:
         """A policy to be trained: a copy of the reference."""
-        return copy.deepcopy(self.model).requires_grad_(True)
+        return copy.deepcopy(self.reference).requires_grad_(True)
 
-    def distribution(self, model: nn.Module, suffix: tuple[int, ...] = ()) -> np.ndarray:
-        """Probabilities of every response under a model, (P, R) float64."""
-        examples = [Tokens([*p, *suffix], r) for p in self.prompts for r in self.responses]
-        logp = log_likelihoods(Policy(model, self.sampling.temperature), examples, self.tokenizer.pad_token_id)
-        return np.exp(np.array(logp, dtype=np.float64)).reshape(len(self.prompts), len(self.responses))
+    def examples(self, suffix: tuple[int, ...] = ()) -> list[Tokens]:
+        """Every response to every prompt, `suffix` between the two; prompt by prompt."""
+        return [Tokens([*ids, *suffix], response) for ids in self.prompts.ids for response in self.responses]
+
+    def distribution(self, policy: Policy, suffix: tuple[int, ...] = ()) -> np.ndarray:
+        """Probabilities of every response under a policy, (P, R) float64."""
+        logp = log_likelihoods(policy, self.examples(suffix))
+        return np.exp(np.array(logp, dtype=np.float64)).reshape(len(self.prompts.ids), len(self.responses))
 
     def optimum(self, beta: float) -> np.ndarray:
         return laws.gibbs(self.ref, self.reward, beta)[0]
@@ -126,7 +130,14 @@ class TabularModel(nn.Module):
         self.outcomes = OneLogitEach(
             self.base_model.before, size.outcomes, self.base_model.first_outcome, tokenizer.eos_token_id
         )
-        self.config = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=16)
+        self.config = LlamaConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=16,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
 
     def get_output_embeddings(self) -> nn.Module:
         return self.outcomes
@@ -148,7 +159,9 @@ class TabularReward(nn.Module):
         with torch.no_grad():
             self.score.weight.zero_()
             self.score.weight[0, self.base_model.before :] = rewards.flatten()
-        self.config = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        self.config = LlamaConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=tokenizer.pad_token_id
+        )
         self.config.reward_shift, self.config.reward_scale = 0.0, 1.0
 
 
@@ -166,13 +179,12 @@ def tabular(size: Size, seed: int) -> Problem:
     known = tokenizer.convert_tokens_to_ids
     return Problem(
         "tabular",
-        model.to(device()),
+        Policy(model, temperature=1.0).to(device()),
         tokenizer,
         scorer.to(device()),
-        [[tokenizer.bos_token_id, known(f"p{i}")] for i in range(size.prompts)],
+        _named("tabular", [[tokenizer.bos_token_id, known(f"p{i}")] for i in range(size.prompts)]),
         [[known(f"y{i}"), tokenizer.eos_token_id] for i in range(size.outcomes)],
         unfinished_reward=0.0,  # every response ends
-        sampling=Sampling(temperature=1.0, max_new_tokens=2),
     )
 
 
@@ -197,14 +209,18 @@ def transformer(seed: int) -> Problem:
     )  # fmt: skip
     settings.reward_shift, settings.reward_scale = 0.0, 2.0
     scorer = Scorer(LlamaForSequenceClassification(settings).eval())
+    scorer.model.config.pad_token_id = tokenizer.pad_token_id  # after the weights: PAD is a token like others here
     eos, vocabulary = tokenizer.eos_token_id, range(len(tokenizer))
     return Problem(
         "transformer",
-        model.to(device()),
+        Policy(model, temperature=1.0).to(device()),
         tokenizer,
         scorer.to(device()),
-        [[tokenizer.bos_token_id, 4], [tokenizer.bos_token_id, 5, 4]],
+        _named("transformer", [[tokenizer.bos_token_id, 4], [tokenizer.bos_token_id, 5, 4]]),
         [[eos], *([a, b] for a, b in itertools.product(vocabulary, vocabulary) if a != eos)],
         unfinished_reward=-1.0,
-        sampling=Sampling(temperature=1.0, max_new_tokens=2),
     )
+
+
+def _named(problem: str, prompts: list[list[int]]) -> Prompts:
+    return Prompts(prompts, [f"{problem}-{i}" for i in range(len(prompts))])

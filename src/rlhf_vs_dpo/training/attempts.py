@@ -13,54 +13,22 @@ needs second derivatives; the third imitates the brake by clipping, at the price
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlhf_vs_dpo.config import Rl
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Batch, collate, micro_batches
 from rlhf_vs_dpo.losses.ppo import policy_loss, value_loss
 from rlhf_vs_dpo.losses.reinforce import policy_gradient_loss
 from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.losses.trpo import conjugate_gradient, kl_divergence, surrogate
-from rlhf_vs_dpo.language.text import Batch, Tokens, collate, micro_batches
-from rlhf_vs_dpo.training.optimise import Averages, Optimiser, check_finite
-from rlhf_vs_dpo.training.rollouts import (
-    Episodes,
-    generalised_advantages,
-    leave_one_out_advantages,
-    state_values,
-)
-
-
-@dataclass
-class Learner:
-    """What learns: a policy, its optimiser (TRPO needs none), and a value network where the method has one."""
-
-    accelerate: Any
-    settings: Rl
-    policy: Policy
-    actor: Optimiser | None
-    critic: Optimiser | None
-    corpus: Sequence[Tokens]
-    pad: int
-    budget: int
-    minibatch_rng: np.random.Generator
-    ptx_rng: np.random.Generator
-    train_policy: bool = True  # False while the value network warms up
-    trust: float = 1.0  # TRPO's delta as a share of `max_kl`, by the schedule
-    trained: int = 0  # tokens, on all processes, once for each network that learns from them
-    read: int = 0  # tokens run forward only, while the policy is improved
-
-    @property
-    def acting(self):
-        """The policy as it is trained: wrapped, where several processes share the work."""
-        return self.policy if self.actor is None else self.actor.module
+from rlhf_vs_dpo.training.learner import Learner
+from rlhf_vs_dpo.training.optimise import Averages, check_finite
+from rlhf_vs_dpo.training.rollouts import Episodes, generalised_advantages, leave_one_out_advantages, state_values
 
 
 class Micro(NamedTuple):
@@ -77,7 +45,7 @@ class Attempt(NamedTuple):
     """How advantages are made of rewards, and how the policy moves."""
 
     critic: bool
-    advantages: Callable[..., tuple[Episodes, dict[str, float]]]
+    advantages: Callable[[Learner, Episodes], tuple[Episodes, dict[str, float]]]
     improve: Callable[[Learner, Episodes], dict[str, float]]
 
 
@@ -117,7 +85,7 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
 
 
 def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
-    settings, policy, reduce = learner.settings, learner.policy, learner.accelerate.reduce
+    settings, policy, reduce = learner.settings, learner.networks.policy, learner.accelerate.reduce
     parameters = [p for p in policy.parameters() if p.requires_grad]
     start = torch.nn.utils.parameters_to_vector(parameters).detach()
     old = copy.deepcopy(policy).requires_grad_(False)
@@ -273,15 +241,15 @@ def accumulate_ptx(learner: Learner) -> dict[str, float]:
 ATTEMPTS = {
     "reinforce": Attempt(
         critic=False,
-        advantages=lambda accelerate, episodes, settings: leave_one_out_advantages(
-            accelerate, episodes, settings, group=settings.episodes if settings.baseline else 1
+        advantages=lambda learner, episodes: leave_one_out_advantages(
+            learner, episodes, group=learner.settings.episodes if learner.settings.baseline else 1
         ),
         improve=policy_gradient_step,
     ),
     "rloo": Attempt(
         critic=False,
-        advantages=lambda accelerate, episodes, settings: leave_one_out_advantages(
-            accelerate, episodes, settings, group=settings.samples_per_prompt
+        advantages=lambda learner, episodes: leave_one_out_advantages(
+            learner, episodes, group=learner.settings.samples_per_prompt
         ),
         improve=policy_gradient_step,
     ),

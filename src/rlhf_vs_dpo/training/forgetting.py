@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.models import context_of
-from rlhf_vs_dpo.language.text import Batch, Tokens, documents, encode_prompts
 from rlhf_vs_dpo.language.forward import log_likelihoods, measure
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import Network
+from rlhf_vs_dpo.language.text import Batch, Tokens, documents, encode_prompts
 
 
 def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
@@ -19,28 +19,27 @@ def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataF
     Perplexity is that of the model itself (temperature 1), as everywhere in the literature. A fact is recalled
     (`correct` = 1) where greedy decoding of its question gives its answer.
     """
-    plain, pad = Policy(model, temperature=1.0), tokenizer.pad_token_id
-    texts = documents(tokenizer, corpus["text"], context_of(model))
+    plain = Policy(model, temperature=1.0)
+    texts = documents(tokenizer, corpus["text"], plain.context)
     rows = pd.DataFrame({"kind": "corpus", "item_id": corpus["doc_id"], "correct": float("nan")})
     rows["tokens"] = [len(tokens.response) for tokens in texts]
-    rows["logp"] = log_likelihoods(plain, texts, pad, "held-out corpus")
+    rows["logp"] = log_likelihoods(plain, texts, "held-out corpus")
     if not len(facts):
         return rows
     answers = tokenizer(list(facts["answer"]), add_special_tokens=False)["input_ids"]
     questions = [Tokens(p, a) for p, a in zip(encode_prompts(tokenizer, list(facts["prompt"])), answers, strict=True)]
-    greedy = Greedy(plain)
     asked = pd.DataFrame({"kind": "fact", "item_id": facts["fact_id"], "tokens": [len(a) for a in answers]})
-    asked["logp"] = log_likelihoods(plain, questions, pad)
-    asked["correct"] = measure(greedy, questions, pad, lambda right, batch: right.float().tolist())
+    asked["logp"] = log_likelihoods(plain, questions)
+    asked["correct"] = measure(Greedy(plain), questions, lambda right, batch: right.float().tolist())
     return pd.concat([rows, asked], ignore_index=True)
 
 
-class Greedy(nn.Module):
+class Greedy(Network):
     """Whether the most likely token is the right one at every response token: batch -> (B,) bool."""
 
     def __init__(self, policy: Policy):
-        super().__init__()
-        self.model, self.policy = policy.model, policy
+        super().__init__(policy.model)
+        self.policy = policy
 
     def forward(self, batch: Batch) -> torch.Tensor:
         mask = batch.response_mask

@@ -15,27 +15,18 @@ learns the law of the chosen one of two *different* responses (`metrics/preferen
 best share of N samples has a threshold that is itself a sample.
 """
 
-from typing import NamedTuple
-
 import pandas as pd
-from torch import nn
 
-from rlhf_vs_dpo.config import Imitation, Sampling
+from rlhf_vs_dpo.config import Imitation
 from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.language.forward import scores, tokens_read
 from rlhf_vs_dpo.language.generation import from_main, generate_together
 from rlhf_vs_dpo.language.heads import Scorer
-from rlhf_vs_dpo.language.text import Tokens, encode, encode_prompts
-from rlhf_vs_dpo.language.forward import scores, tokens_read
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Examples, Prompts, Tokens, encode
 
 NEEDS = {"chosen_sft": "pairs", "control_tokens": "pairs", "rm_filtered": "pool", "best_of_n": "pool"}
 GOOD, BAD = "[GOOD]", "[BAD]"
-
-
-class Examples(NamedTuple):
-    """Texts to imitate, and their ids for errors."""
-
-    tokens: list[Tokens]
-    names: list[str]
 
 
 def from_pairs(recipe: str, pairs: pd.DataFrame, tokenizer, context: int) -> Examples:
@@ -50,17 +41,17 @@ def from_pairs(recipe: str, pairs: pd.DataFrame, tokenizer, context: int) -> Exa
     return Examples(side("chosen", GOOD) + side("rejected", BAD), names + names)
 
 
-def from_pool(settings: Imitation, pool: pd.DataFrame, prompts: dict[str, list[int]]) -> Examples:
-    """What a recipe keeps of a pool: `prompt_id, sample, response_ids, finished, reward`; `prompts` are ids by prompt_id.
+def from_pool(settings: Imitation, pool: pd.DataFrame, prompts: Prompts) -> Examples:
+    """What a recipe keeps of a pool: `prompt_id, sample, response_ids, finished, reward`; `prompts` are those of the pool.
 
     Responses that never ended have no score and are never kept. Raises DataError where nothing is left.
     """
     if not pool["finished"].any():
         raise DataError(f"the pool holds nothing to imitate: none of its {len(pool)} responses ended")
     kept = above_threshold(pool, settings.share) if settings.recipe == "rm_filtered" else best_of_each(pool, settings.n)
-    rows = kept.itertuples()
+    asked = dict(zip(prompts.names, prompts.ids, strict=True))
     return Examples(
-        [Tokens(prompts[row.prompt_id], list(row.response_ids)) for row in rows],
+        [Tokens(asked[row.prompt_id], list(row.response_ids)) for row in kept.itertuples()],
         [f"{prompt}/{sample}" for prompt, sample in zip(kept["prompt_id"], kept["sample"], strict=True)],
     )
 
@@ -87,25 +78,19 @@ def best_of_each(pool: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def draw_pool(
-    model: nn.Module, tokenizer, reward: Scorer, prompts: dict[str, list[int]], samples: int, sampling: Sampling, seed: int
-) -> tuple[pd.DataFrame, int, int]:  # fmt: skip
+    policy: Policy, reward: Scorer, prompts: Prompts, samples: int, max_new_tokens: int, seed: int
+) -> tuple[pd.DataFrame, int, int]:
     """A pool of the policy as it is now: the columns that `from_pool` reads, and the tokens generated and read for it."""
-    names = [name for name in prompts for _ in range(samples)]
-    numbers = list(range(samples)) * len(prompts)
-    asked = [prompts[name] for name in names]
-    drawn = generate_together(model, tokenizer, asked, names, numbers, sampling, seed, "pool of this round")
+    each = Prompts(*([entry for entry in column for _ in range(samples)] for column in prompts))
+    numbers = list(range(samples)) * len(prompts.names)
+    drawn = generate_together(policy, each, numbers, max_new_tokens, seed, "pool of this round")
     table = pd.DataFrame(
         {
-            "prompt_id": names,
+            "prompt_id": each.names,
             "sample": numbers,
             "response_ids": [tokens.response for tokens in drawn.tokens],
             "finished": drawn.finished,
-            "reward": from_main(scores(reward, drawn.tokens, tokenizer.pad_token_id)),
+            "reward": from_main(scores(reward, drawn.tokens)),
         }
     )
     return table, drawn.tokens_generated, drawn.tokens_read + tokens_read(drawn.tokens)
-
-
-def prompt_ids(tokenizer, prompts: pd.DataFrame) -> dict[str, list[int]]:
-    """Ids of each prompt by its prompt_id."""
-    return dict(zip(prompts["prompt_id"], encode_prompts(tokenizer, list(prompts["prompt"])), strict=True))

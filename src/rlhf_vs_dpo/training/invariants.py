@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.language.forward import scores
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.text import Tokens
-from rlhf_vs_dpo.language.forward import scores
 
 
 def hold(name: str, value: float, expected: float, tolerance: float, causes: str) -> None:
@@ -19,9 +19,9 @@ def hold(name: str, value: float, expected: float, tolerance: float, causes: str
         )
 
 
-def check_normalised(reward: Scorer, demonstrations: Sequence[Tokens], pad: int) -> None:
+def check_normalised(reward: Scorer, demonstrations: Sequence[Tokens]) -> None:
     """A reward model scores demonstrations 0 on average; on a few of them, to within five standard errors."""
-    scored = np.array(scores(reward, demonstrations, pad))
+    scored = np.array(scores(reward, demonstrations))
     hold(
         f"the mean RM score of {len(scored)} demonstrations",
         float(scored.mean()),

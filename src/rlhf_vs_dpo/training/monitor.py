@@ -8,17 +8,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
-from rlhf_vs_dpo.config import Monitor, Sampling
+from rlhf_vs_dpo.config import Monitor
+from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.language.generation import decode, generate
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import prompt_suffixes
+from rlhf_vs_dpo.language.text import Prompts, Tokens, encode_prompts
 from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.preferences.gold import columns as gold_columns
-from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.heads import Scorer
-from rlhf_vs_dpo.language.models import prompt_suffixes
-from rlhf_vs_dpo.language.text import Tokens, encode_prompts
-from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 
 
 class HeldOut:
@@ -28,32 +27,30 @@ class HeldOut:
         self,
         prompts: pd.DataFrame,
         gold: Gold | None,
-        reference: nn.Module,
+        reference: Policy,
         tokenizer,
         settings: Monitor,
-        sampling: Sampling,
+        max_new_tokens: int,
         seed: int,
         steps: int,
     ):
         self.prompts = prompts.head(settings.prompts).reset_index(drop=True)
         self.plain = encode_prompts(tokenizer, list(self.prompts["prompt"]))
-        self.gold, self.tokenizer = gold, tokenizer
-        self.reference = Policy(reference, sampling.temperature)
-        self.sampling, self.seed = sampling, seed
+        self.gold, self.reference, self.tokenizer = gold, reference, tokenizer
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.points = {round(p * steps / max(settings.points - 1, 1)) for p in range(settings.points)} | {steps}
         self.tables: list[pd.DataFrame] = []
 
-    def watch(self, model: nn.Module, step: int, log: Callable[[dict[str, float], int], None]) -> None:
-        """Measure `model` if `step` is one of the points: logs means under `heldout/`, keeps the samples."""
+    def watch(self, policy: Policy, step: int, log: Callable[[dict[str, float], int], None]) -> None:
+        """Measure `policy` if `step` is one of the points: logs means under `heldout/`, keeps the samples."""
         if step not in self.points:
             return
         self.points.discard(step)  # the end of a round is the start of the next
         names = list(self.prompts["prompt_id"])
-        asked = encode_prompts(self.tokenizer, list(self.prompts["prompt"]), prompt_suffixes(model)[0])
-        drawn = generate(model, self.tokenizer, asked, names, [0] * len(names), self.sampling, self.seed)
+        asked = encode_prompts(self.tokenizer, list(self.prompts["prompt"]), prompt_suffixes(policy.model)[0])
+        drawn = generate(policy, Prompts(asked, names), [0] * len(names), self.max_new_tokens, self.seed)
         # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.
         seen = [Tokens(prompt, said.response) for prompt, said in zip(self.plain, drawn.tokens, strict=True)]
-        pad = self.tokenizer.pad_token_id
         table = pd.DataFrame(
             {
                 "step": step,
@@ -62,8 +59,8 @@ class HeldOut:
                 "response_ids": [tokens.response for tokens in drawn.tokens],
                 "response": decode(self.tokenizer, drawn.tokens),
                 "finished": drawn.finished,
-                "logp": log_likelihoods(Policy(model, self.sampling.temperature), drawn.tokens, pad),
-                "reference_logp": log_likelihoods(self.reference, seen, pad),
+                "logp": log_likelihoods(policy, drawn.tokens),
+                "reference_logp": log_likelihoods(self.reference, seen),
             }
         )
         judged = gold_columns(self.gold, self.prompts["prompt"], self.prompts["facts"], table["response"])
@@ -89,10 +86,10 @@ class HeldOut:
         }
 
 
-def scored(heldout: pd.DataFrame, reward: Scorer, pad: int) -> pd.DataFrame:
+def scored(heldout: pd.DataFrame, reward: Scorer) -> pd.DataFrame:
     """A `heldout` table as `watched`: numbers alone, with the RM reward of the responses that ended."""
     examples = [Tokens(list(p), list(r)) for p, r in zip(heldout["prompt_ids"], heldout["response_ids"], strict=True)]
     return heldout[["step", "prompt_id", "finished", "logp", "reference_logp", "gold", "filler"]].assign(
         tokens=heldout["response_ids"].map(len),
-        reward=pd.Series(scores(reward, examples, pad), index=heldout.index).where(heldout["finished"]),
+        reward=pd.Series(scores(reward, examples), index=heldout.index).where(heldout["finished"]),
     )

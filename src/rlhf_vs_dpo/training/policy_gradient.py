@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlhf_vs_dpo.config import Rl, Sampling
+from rlhf_vs_dpo.config import Rl
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.language.heads import Scorer, last
-from rlhf_vs_dpo.language.models import autocast, context_of, freeze, token_budget
+from rlhf_vs_dpo.language.models import autocast, freeze
+from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context, collate
+from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.progress import bar
-from rlhf_vs_dpo.language.text import Tokens, check_context, collate
-from rlhf_vs_dpo.training.attempts import ATTEMPTS, Learner, check_policy
+from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
 from rlhf_vs_dpo.training.invariants import hold
+from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.monitor import HeldOut
 from rlhf_vs_dpo.training.optimise import Log, Optimiser, accelerator, scheduled
 from rlhf_vs_dpo.training.rollouts import Episodes, rollout
@@ -39,38 +39,33 @@ class Totals(NamedTuple):
 
 
 def train(
-    policy: Policy,
-    reference: Policy,
-    reward: Scorer,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    names: Sequence[str],
+    networks: Networks,
+    prompts: Prompts,
     corpus: Sequence[Tokens],
     settings: Rl,
-    sampling: Sampling,
+    max_new_tokens: int,
     seed: int,
     heldout: HeldOut,
     log: Log,
     what: str,
 ) -> Totals:
-    """Train `policy` in place, by the attempt that `settings.algorithm` names.
+    """Train `networks.policy` in place, by the attempt that `settings.algorithm` names.
 
     The value network, where there is one, is a copy of the reward model, its normalisation included, with parameters of
-    its own. `prompts` are ids, `names` their ids in tables; `corpus` is read by PPO-ptx alone (`ptx_coefficient` > 0).
-    Raises TrainingError at a broken step-0 invariant or a loss that is not finite.
+    its own. `corpus` is read by PPO-ptx alone (`ptx_coefficient` > 0). Raises DataError where a prompt and a response of
+    `max_new_tokens` do not fit the context, TrainingError at a broken step-0 invariant or a loss that is not finite.
     """
-    limit = context_of(policy.model) - sampling.max_new_tokens
-    check_context([len(ids) for ids in prompts], names, limit, "the prompt (with room for a response) is")
+    limit = networks.policy.context - max_new_tokens
+    check_context([len(ids) for ids in prompts.ids], prompts.names, limit, "the prompt (with room for a response) is")
     attempt = ATTEMPTS[settings.algorithm]
-    learner = new_learner(policy, reward, corpus, settings, tokenizer.pad_token_id, seed)
+    learner = new_learner(networks, corpus, settings, max_new_tokens, seed)
     accelerate = learner.accelerate
     if settings.episodes < accelerate.num_processes:
         raise TrainingError(
             f"{settings.episodes} episodes cannot be divided among {accelerate.num_processes} processes; raise `episodes`"
         )
-    criticising = learner.critic.module if learner.critic else None
-    freeze(reward)
-    freeze(reference)
+    freeze(networks.reward)
+    freeze(networks.reference)
     rng = np.random.default_rng(seed)  # the same on every process
     queue: list[int] = []
     beta = settings.kl_coefficient
@@ -78,22 +73,19 @@ def train(
     generated = read = 0
     with bar(settings.iterations, what, "iteration", visible=accelerate.is_main_process) as progress:
         for iteration in range(settings.iterations):
-            heldout.watch(policy.model, iteration, log)
+            heldout.watch(networks.policy, iteration, log)
             while len(queue) < distinct:
-                queue += rng.permutation(len(prompts)).tolist()
+                queue += rng.permutation(len(prompts.ids)).tolist()
             picked, queue = np.repeat(queue[:distinct], settings.samples_per_prompt).tolist(), queue[distinct:]
             places = list(range(accelerate.process_index, len(picked), accelerate.num_processes))
             mine = [picked[place] for place in places]
-            experience, metrics = rollout(
-                accelerate, learner.acting, criticising, policy, reference, reward, tokenizer,
-                [prompts[i] for i in mine], [names[i] for i in mine], places, settings, sampling, beta,
-                (seed, iteration), learner.budget,
-            )  # fmt: skip
+            asked = Prompts([prompts.ids[i] for i in mine], [prompts.names[i] for i in mine])
+            experience, metrics = rollout(learner, asked, places, beta, (seed, iteration))
             if iteration == 0:
-                check_start(learner.acting, criticising, reward, experience, metrics, tokenizer.pad_token_id)
+                check_start(learner, experience, metrics)
             generated += int(metrics.pop("tokens_generated"))
             read += int(metrics.pop("tokens_read"))
-            experience, explained = attempt.advantages(accelerate, experience, settings)
+            experience, explained = attempt.advantages(learner, experience)
             metrics |= explained
             learner.train_policy = iteration >= getattr(settings, "value_warmup", 0)
             learner.trust = scheduled(settings.schedule, iteration, settings.iterations, warmup=0.0)
@@ -110,11 +102,11 @@ def train(
                 | {f"update/{name}": value for name, value in updates.items()},
                 iteration + 1,
             )
-        heldout.watch(policy.model, settings.iterations, log)
+        heldout.watch(networks.policy, settings.iterations, log)
     return Totals(learner.trained, generated, read + learner.read)
 
 
-def new_learner(policy: Policy, reward: Scorer, corpus: Sequence[Tokens], settings: Rl, pad: int, seed: int) -> Learner:
+def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_new_tokens: int, seed: int) -> Learner:
     """Optimisers for what the method trains: the policy (not TRPO's, which steps by itself), the value network."""
     accelerate = accelerator()
     steps = settings.iterations * getattr(settings, "epochs", 1) * getattr(settings, "minibatches", 1)
@@ -122,34 +114,37 @@ def new_learner(policy: Policy, reward: Scorer, corpus: Sequence[Tokens], settin
     shared = (settings.adam_epsilon, settings.max_grad_norm, 0.0, settings.schedule, 0.0)
     actor = critic = None
     if hasattr(settings, "learning_rate"):
-        actor = Optimiser(accelerate, policy, settings.learning_rate, *shared, steps - waiting)
+        actor = Optimiser(accelerate, networks.policy, settings.learning_rate, *shared, steps - waiting)
     else:
-        policy.to(accelerate.device)
+        networks.policy.to(accelerate.device)
     if ATTEMPTS[settings.algorithm].critic:
-        value = Scorer(copy.deepcopy(reward.model)).requires_grad_(True)
+        value = Scorer(copy.deepcopy(networks.reward.model)).requires_grad_(True)
         critic = Optimiser(accelerate, value, settings.value_learning_rate, *shared, steps)
     return Learner(
-        accelerate, settings, policy, actor, critic, corpus, pad, token_budget(policy.model),
+        networks, accelerate, settings, max_new_tokens, actor, critic, corpus, networks.policy.budget,
         minibatch_rng=np.random.default_rng([seed, 2]),
         ptx_rng=np.random.default_rng([seed, 1]),  # of its own, so that PPO-ptx sees the prompts that PPO sees
     )  # fmt: skip
 
 
 @torch.no_grad()
-def check_start(acting, criticising, reward: Scorer, episodes: Episodes, metrics: dict[str, float], pad: int) -> None:
+def check_start(learner: Learner, episodes: Episodes, metrics: dict[str, float]) -> None:
     """Before the first update the policy is the reference, and the value network the reward model."""
     device = episodes.logp.device
     tolerance = MAX_RATIO_GAP["cuda" if device.type == "cuda" else "cpu"]
     causes = "dropout is on; the reference is not the model the policy started from; temperature is not in both"
     hold("KL(policy, reference) per episode", metrics["kl"], 0.0, tolerance, causes)
     group = list(range(min(8, len(episodes.tokens))))
-    batch = collate([episodes.tokens[i] for i in group], pad).to(device)
+    batch = collate([episodes.tokens[i] for i in group], learner.pad).to(device)
     with autocast(device):
-        ratio = (acting(batch).logp[batch.response_mask] - episodes.logp[episodes.flat(group).to(device)]).exp()
+        ratio = (learner.acting(batch).logp[batch.response_mask] - episodes.logp[episodes.flat(group).to(device)]).exp()
     hold("the ratio of new to old probability furthest from 1", 1 + float((ratio - 1).abs().max()), 1.0, tolerance,
          "dropout is on; log-probabilities depend on padding or on the micro-batch")  # fmt: skip
-    if criticising is not None:
+    if learner.criticising is not None:
         with autocast(device):
-            gap = last(criticising(batch), batch.response_mask) - last(reward(batch), batch.response_mask)
+            ours, theirs = (
+                last(of(batch), batch.response_mask) for of in (learner.criticising, learner.networks.reward)
+            )
+        gap = ours - theirs
         hold("value at EOS minus RM score, at most", float(gap.abs().max()), 0.0, tolerance,
              "the value network was not started from the reward model, or lost its normalisation")  # fmt: skip

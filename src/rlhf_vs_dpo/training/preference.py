@@ -1,7 +1,6 @@
 """Optimise a policy directly on preference pairs: one loop for DPO, cDPO, IPO, LN-DPO and SimPO, one loss each."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -10,17 +9,18 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Preference
 from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 from rlhf_vs_dpo.language.logprobs import Policy, TokenLogprobs
+from rlhf_vs_dpo.language.text import Batch, Pairs, check_distinct, collate
 from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.language.text import Batch, Tokens, check_distinct, collate
-from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 from rlhf_vs_dpo.training.invariants import hold
 from rlhf_vs_dpo.training.monitor import HeldOut
 from rlhf_vs_dpo.training.optimise import Log
-from rlhf_vs_dpo.training.supervised import as_training, fit
+from rlhf_vs_dpo.training.supervised import as_training, fit, work_of_pairs
 
+CHECKED = 32  # pairs whose log-probabilities are held against the stored ones before the first step
 NEEDS_REFERENCE = {"dpo": True, "cdpo": True, "ipo": True, "ln_dpo": True, "simpo": False}
 
 
@@ -58,11 +58,8 @@ def loss_at_reference(settings: Preference) -> float | None:
 
 def train(
     policy: Policy,
-    chosen: Sequence[Tokens],
-    rejected: Sequence[Tokens],
-    names: Sequence[str],
+    pairs: Pairs,
     reference: pd.DataFrame | None,
-    pad: int,
     settings: Preference,
     steps: int,
     seed: int,
@@ -78,7 +75,7 @@ def train(
     here. `taken` is the number of steps of earlier rounds: at 0, the policy must be the reference, and TrainingError is
     raised if the step-0 invariants of the loss are broken.
     """
-    check_distinct(chosen, rejected, names)
+    check_distinct(pairs)
     device = next(policy.parameters()).device
     stored = None
     if NEEDS_REFERENCE[settings.loss]:
@@ -87,10 +84,10 @@ def train(
             for side in ("chosen", "rejected")
         ]
         if taken == 0:
-            check_reference(policy, chosen[:32], rejected[:32], reference.head(32), pad, settings)
+            check_reference(policy, pairs, reference, settings)
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
-        batch = collate([chosen[i] for i in group] + [rejected[i] for i in group], pad).to(device)
+        batch = collate(pairs.both(group), policy.pad).to(device)
         output = module(batch)
         good, bad = output.sums().chunk(2)
         lengths = output.lengths().chunk(2)
@@ -112,15 +109,12 @@ def train(
     return fit(
         policy,
         as_training(settings, steps),
-        [2 * max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)],
-        [1] * len(chosen),
-        [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)],
+        work_of_pairs(pairs),
         loss,
-        names,
         seed,
         lambda metrics, step: log(metrics, taken + step),
         what,
-        before_step=lambda step: heldout.watch(policy.model, taken + step, log),
+        before_step=lambda step: heldout.watch(policy, taken + step, log),
     )
 
 
@@ -136,12 +130,7 @@ def stored_reference(pairs: pd.DataFrame, reference: pd.DataFrame, place: Path) 
 
 
 def implicit_rewards(
-    policy: Policy,
-    chosen: Sequence[Tokens],
-    rejected: Sequence[Tokens],
-    reference: pd.DataFrame | None,
-    pad: int,
-    settings: Preference,
+    policy: Policy, pairs: Pairs, reference: pd.DataFrame | None, settings: Preference
 ) -> pd.DataFrame:
     """The policy as a reward model: the implicit rewards that its own loss compares (`chosen`, `rejected`), per pair."""
 
@@ -149,8 +138,8 @@ def implicit_rewards(
         return list(zip(output.sums().tolist(), output.lengths().tolist(), strict=True))
 
     sides = []
-    for examples in (chosen, rejected):
-        logp, lengths = zip(*measure(policy, examples, pad, read), strict=True)
+    for examples in (pairs.chosen, pairs.rejected):
+        logp, lengths = zip(*measure(policy, examples, read), strict=True)
         sides.append((torch.tensor(logp), torch.tensor(lengths)))
     stored = None
     if NEEDS_REFERENCE[settings.loss]:
@@ -161,15 +150,17 @@ def implicit_rewards(
     )
 
 
-def check_reference(
-    policy: Policy, chosen: Sequence[Tokens], rejected: Sequence[Tokens], stored: pd.DataFrame, pad: int, settings: Preference
-) -> None:  # fmt: skip
-    """At step 0 the policy is the reference: h = 0, hence a loss of log 2 (DPO, cDPO, LN-DPO) or 1 / (4 tau^2) (IPO)."""
+def check_reference(policy: Policy, pairs: Pairs, stored: pd.DataFrame, settings: Preference) -> None:
+    """At step 0 the policy is the reference: h = 0, hence a loss of log 2 (DPO, cDPO, LN-DPO) or 1 / (4 tau^2) (IPO).
+
+    Of the first `CHECKED` pairs; `stored` has their log ref (`chosen_logp`, `rejected_logp`), in the order of the pairs.
+    """
+    chosen, rejected, stored = pairs.chosen[:CHECKED], pairs.rejected[:CHECKED], stored.head(CHECKED)
     exact = next(policy.parameters()).device.type == "cpu"
     causes = "data/reference.parquet belongs to another SFT model or temperature; dropout is on; the tokenizer changed"
     logp = {}
     for side, examples in (("chosen", chosen), ("rejected", rejected)):
-        logp[side] = log_likelihoods(policy, examples, pad)
+        logp[side] = log_likelihoods(policy, examples)
         gap = max(abs(a - b) for a, b in zip(logp[side], stored[f"{side}_logp"], strict=True))
         what = f"the largest |log pi - log ref| of {len(examples)} {side} responses"
         hold(what, gap, 0.0, 1e-3 if exact else 0.5, causes)

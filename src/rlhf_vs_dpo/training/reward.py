@@ -1,47 +1,30 @@
 """Train a reward model on preference pairs, and measure it on pairs that it was not trained on."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Training
-from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
 from rlhf_vs_dpo.language.heads import Scorer, last
-from rlhf_vs_dpo.language.text import Tokens, check_distinct, collate
+from rlhf_vs_dpo.language.text import Pairs, check_distinct, collate
+from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
 from rlhf_vs_dpo.training.optimise import Log
-from rlhf_vs_dpo.training.supervised import fit
+from rlhf_vs_dpo.training.supervised import fit, work_of_pairs
 
 
-def train(
-    scorer: Scorer,
-    chosen: Sequence[Tokens],
-    rejected: Sequence[Tokens],
-    names: Sequence[str],
-    pad: int,
-    settings: Training,
-    seed: int,
-    log: Log,
-    what: str,
-) -> int:
+def train(scorer: Scorer, pairs: Pairs, settings: Training, seed: int, log: Log, what: str) -> int:
     """Bradley-Terry on pairs; both responses of a pair go through in one forward pass."""
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
-        batch = collate([chosen[i] for i in group] + [rejected[i] for i in group], pad).to(
-            next(module.parameters()).device
-        )
-        scores = last(module(batch), batch.response_mask)
-        good, bad = scores.chunk(2)
+        batch = collate(pairs.both(group), scorer.pad).to(next(scorer.parameters()).device)
+        good, bad = last(module(batch), batch.response_mask).chunk(2)
         return bradley_terry(good, bad).sum(), {
             "accuracy": (good > bad).sum().item(),
             "margin": (good - bad).sum().item(),
         }
 
-    check_distinct(chosen, rejected, names)
-    lengths = [2 * max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
-    tokens = [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)]
-    return fit(scorer, settings, lengths, [1] * len(chosen), tokens, loss, names, seed, log, what)
+    check_distinct(pairs)
+    return fit(scorer, settings, work_of_pairs(pairs), loss, seed, log, what)
 
 
 def quality(pairs: pd.DataFrame) -> dict:

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_vs_dpo.config import Rl, Sampling, WithCritic
 from rlhf_vs_dpo.language.generation import generate
-from rlhf_vs_dpo.language.logprobs import Policy, before
+from rlhf_vs_dpo.language.heads import last
+from rlhf_vs_dpo.language.logprobs import before
+from rlhf_vs_dpo.language.models import autocast
+from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, collate, micro_batches
 from rlhf_vs_dpo.losses.gae import gae, token_rewards, whiten
 from rlhf_vs_dpo.losses.reinforce import leave_one_out
-from rlhf_vs_dpo.language.heads import Scorer, last
-from rlhf_vs_dpo.language.models import autocast
-from rlhf_vs_dpo.language.text import Batch, Tokens, collate, micro_batches
+from rlhf_vs_dpo.training.learner import Learner
 
 
 class Episodes(NamedTuple):
@@ -73,32 +73,32 @@ def state_values(scorer, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def rollout(
-    accelerate, acting, criticising, policy: Policy, reference: Policy, reward: Scorer, tokenizer,
-    prompts: list[list[int]], names: list[str], places: list[int], settings: Rl, sampling: Sampling, beta: float, key: tuple[int, int], budget: int,
-) -> tuple[Episodes, dict[str, float]]:  # fmt: skip
+    learner: Learner, prompts: Prompts, places: list[int], beta: float, key: tuple[int, int]
+) -> tuple[Episodes, dict[str, float]]:
     """Sample one response per prompt and compute all that the updates hold fixed, advantages apart.
 
     `places` are the episodes' numbers in the global batch: they key the random streams, so that a prompt that occurs
-    twice in an iteration is answered independently.
+    twice in an iteration is answered independently. `beta` is the KL coefficient; `key` is (seed, iteration).
 
-    `acting` and `criticising` are the modules as trained (wrapped for several processes): the old log-probabilities and
-    values come from the very forward pass that the updates differentiate, not from generation. `criticising` is None
-    where there is no value network.
+    Old log-probabilities and values come from the very forward pass that the updates differentiate (of the modules as they
+    are trained), not from generation.
     """
+    policy, reference, reward = learner.networks
+    accelerate, acting, criticising = learner.accelerate, learner.acting, learner.criticising
     device = accelerate.device
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    drawn = generate(policy.model, tokenizer, prompts, names, places, sampling, seed)
+    drawn = generate(policy, prompts, places, learner.max_new_tokens, seed)
     tokens, finished = drawn.tokens, torch.tensor(drawn.finished, device=device)
     offsets = torch.tensor([0, *np.cumsum([len(example.response) for example in tokens])])
     flat = {name: torch.zeros(int(offsets[-1]), device=device) for name in ("logp", "ref_logp", "values", "entropy")}
     score = torch.zeros(len(tokens), device=device)
     nothing = torch.empty(0, device=device)
     episodes = Episodes(
-        tokens, names, places, offsets, flat["logp"], flat["ref_logp"], nothing, score, finished,
+        tokens, prompts.names, places, offsets, flat["logp"], flat["ref_logp"], nothing, score, finished,
         flat["values"] if criticising is not None else nothing, nothing, nothing,
     )  # fmt: skip
-    for group in micro_batches([len(example) for example in tokens], budget):
-        batch = collate([tokens[i] for i in group], tokenizer.pad_token_id).to(device)
+    for group in micro_batches([len(example) for example in tokens], learner.budget):
+        batch = collate([tokens[i] for i in group], learner.pad).to(device)
         place = episodes.flat(group).to(device)
         with autocast(device):
             output = acting(batch)
@@ -112,7 +112,7 @@ def rollout(
     read = drawn.tokens_read + passes * sum(len(example) for example in tokens)
     raw = score
     # A response that never ended has no EOS to be scored at: its reward is set, not corrected.
-    score = torch.where(finished, score, settings.unfinished_reward)
+    score = torch.where(finished, score, learner.settings.unfinished_reward)
     mask = episodes.mask()
     rewards = token_rewards(episodes.padded(flat["logp"]), episodes.padded(flat["ref_logp"]), score, mask, beta)[mask]
     episodes = episodes._replace(score=score, rewards=rewards)
@@ -149,15 +149,15 @@ def moments(accelerate, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def generalised_advantages(accelerate, episodes: Episodes, settings: WithCritic) -> tuple[Episodes, dict[str, float]]:
+def generalised_advantages(learner: Learner, episodes: Episodes) -> tuple[Episodes, dict[str, float]]:
     """Advantages per token by GAE, whitened over all processes, and the returns that the value network learns."""
-    mask = episodes.mask()
+    accelerate, mask = learner.accelerate, episodes.mask()
     advantages, returns = gae(
         episodes.padded(episodes.rewards),
         episodes.padded(episodes.values),
         mask.float(),
-        settings.gae_discount,
-        settings.gae_lambda,
+        learner.settings.gae_discount,
+        learner.settings.gae_lambda,
     )
     advantages, returns = advantages[mask], returns[mask]
     mean, variance, _ = moments(accelerate, advantages)
@@ -170,17 +170,15 @@ def generalised_advantages(accelerate, episodes: Episodes, settings: WithCritic)
 
 
 @torch.no_grad()
-def leave_one_out_advantages(
-    accelerate, episodes: Episodes, settings: Rl, group: int
-) -> tuple[Episodes, dict[str, float]]:
+def leave_one_out_advantages(learner: Learner, episodes: Episodes, group: int) -> tuple[Episodes, dict[str, float]]:
     """R(x, y) minus the mean R of the others in its group, the same for every token of a response; `group` 1: R itself.
 
     A group is `group` neighbours in the global batch, whichever process holds them.
     """
-    whole = torch.zeros(settings.episodes, device=episodes.score.device)
+    whole = torch.zeros(learner.settings.episodes, device=episodes.score.device)
     places = torch.tensor(episodes.places, device=whole.device)
     whole[places] = episodes.totals()
-    whole = accelerate.reduce(whole)
+    whole = learner.accelerate.reduce(whole)
     centred = leave_one_out(whole.view(-1, group)).flatten() if group > 1 else whole
     return episodes._replace(advantages=centred[places][episodes.owners()]), {
         "advantage_variance": float(centred.var(correction=0))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,40 +10,61 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Passes, Training
 from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import Network
+from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
 from rlhf_vs_dpo.losses.sft import nll
-from rlhf_vs_dpo.language.models import token_budget
 from rlhf_vs_dpo.run.progress import bar
-from rlhf_vs_dpo.language.text import Tokens, batches, collate
 from rlhf_vs_dpo.training.optimise import Averages, Log, Optimiser, accelerator, check_finite
 
 POINTS = 200  # of a training curve
 
 
+class Work(NamedTuple):
+    """What `fit` must know of each example, or pair, to batch, divide and count it.
+
+    lengths[i]  padded size of example i, for batching by length
+    units[i]    what its loss is a sum over: response tokens, or 1 for a pair
+    tokens[i]   its real tokens, for the cost
+    names[i]    its id, for the error of a run that diverges
+    """
+
+    lengths: Sequence[int]
+    units: Sequence[int]
+    tokens: Sequence[int]
+    names: Sequence[str]
+
+
+def work_of_examples(examples: Examples) -> Work:
+    """For a loss that is a sum over response tokens."""
+    lengths = [len(tokens) for tokens in examples.tokens]
+    return Work(lengths, [len(tokens.response) for tokens in examples.tokens], lengths, examples.names)
+
+
+def work_of_pairs(pairs: Pairs) -> Work:
+    """For a loss of a pair, both responses of which go through in one forward pass."""
+    sizes = [(len(a), len(b)) for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
+    return Work([2 * max(size) for size in sizes], [1] * len(sizes), [sum(size) for size in sizes], pairs.names)
+
+
 def fit(
-    module: nn.Module,
+    network: Network,
     settings: Training,
-    lengths: Sequence[int],
-    units: Sequence[int],
-    tokens: Sequence[int],
+    work: Work,
     loss: Callable[[nn.Module, list[int]], tuple[Tensor, dict[str, float]]],
-    names: Sequence[str],
     seed: int,
     log: Log,
     what: str,
     before_step: Callable[[int], None] = lambda step: None,
 ) -> int:
-    """Train `module` for `settings.steps` global batches; returns the number of real tokens trained on.
+    """Train `network` for `settings.steps` global batches; returns the number of real tokens trained on.
 
-    lengths[i]  padded size of example i (for batching by length)
-    tokens[i]   its real tokens (for the cost)
-    units[i]    what its loss is a sum over: response tokens, or 1 for a pair
-    loss(module, group)  the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it
-    names[i]    id of example i, for the error of a run that diverges
+    `loss(module, group)` is the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it;
+    `module` is the network as it is trained: wrapped, where several processes share the work.
     """
     accelerate = accelerator()
     optimiser = Optimiser(
         accelerate,
-        module,
+        network,
         settings.learning_rate,
         settings.adam_epsilon,
         settings.max_grad_norm,
@@ -51,8 +73,8 @@ def fit(
         settings.warmup,
         settings.steps,
     )
-    budget = token_budget(accelerate.unwrap_model(optimiser.module).model)
-    plan = batches(lengths, settings.batch, settings.steps, np.random.default_rng(seed)) if settings.steps else []
+    budget = network.budget
+    plan = batches(work.lengths, settings.batch, settings.steps, np.random.default_rng(seed)) if settings.steps else []
     every = max(1, settings.steps // POINTS)
     averages = Averages()
     with bar(settings.steps, what, visible=accelerate.is_main_process) as progress:
@@ -66,10 +88,10 @@ def fit(
                     sums[name] = sums.get(name, 0.0) + total
                 return value
 
-            total_units = sum(units[i] for i in batch)
+            units = sum(work.units[i] for i in batch)
             rate = optimiser.learning_rate
-            mean = optimiser.accumulate(optimiser.share(list(batch), lengths, budget), micro_loss, total_units)
-            norm = optimiser.step(mean, [names[i] for i in batch])
+            mean = optimiser.accumulate(optimiser.share(list(batch), work.lengths, budget), micro_loss, units)
+            norm = optimiser.step(mean, [work.names[i] for i in batch])
             if sums:
                 values = torch.tensor(list(sums.values()), device=accelerate.device, dtype=torch.float64)
                 sums = dict(zip(sums, (accelerate.reduce(values) / len(batch)).tolist(), strict=True))
@@ -82,16 +104,14 @@ def fit(
     if len(plan):
         with torch.no_grad():
             last, _ = loss(optimiser.module, [int(plan[-1][0])])
-        check_finite(last, optimiser, [names[i] for i in plan[-1]])
+        check_finite(last, optimiser, [work.names[i] for i in plan[-1]])
     before_step(settings.steps)
-    return int(sum(tokens[i] for batch in plan for i in batch))
+    return int(sum(work.tokens[i] for batch in plan for i in batch))
 
 
 def likelihood(
     policy: Policy,
-    examples: Sequence[Tokens],
-    names: Sequence[str],
-    pad: int,
+    examples: Examples,
     settings: Training,
     seed: int,
     log: Log,
@@ -101,12 +121,10 @@ def likelihood(
     """Maximum likelihood of the responses, per token: SFT, or pretraining where the prompt is BOS alone."""
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
-        batch = collate([examples[i] for i in group], pad).to(next(module.parameters()).device)
+        batch = collate([examples.tokens[i] for i in group], policy.pad).to(next(policy.parameters()).device)
         return nll(module(batch).sums()).sum(), {}
 
-    lengths = [len(example) for example in examples]
-    units = [len(example.response) for example in examples]
-    return fit(policy, settings, lengths, units, lengths, loss, names, seed, log, what, before_step)
+    return fit(policy, settings, work_of_examples(examples), loss, seed, log, what, before_step)
 
 
 def as_training(settings: Passes, steps: int) -> Training:

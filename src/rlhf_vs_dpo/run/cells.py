@@ -1,0 +1,204 @@
+"""`make repro`: the whole graph, with cells that do not depend on each other side by side.
+
+DVC says what depends on what and what has changed; its locks let several `dvc repro` work in one folder; `xargs -P` starts
+them. Stages are taken in waves: all whose dependencies are done. A line says when a cell starts and ends; what it prints goes
+to logs/<cell>.log. After a failure nothing new starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same
+work one stage after another, and gives the same bytes.
+
+    JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs
+    CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, unless RLHF_PROCESSES says otherwise
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf_vs_dpo.errors import ParamsError, UserError
+from rlhf_vs_dpo.run.launch import end_with_parent
+
+LOGS = Path("logs")
+FIRST_FAILURE = Path(".dvc/tmp/rlhf-first-failure.json")
+SHOWN = 30  # lines of a failed cell's log
+
+
+def main() -> int:
+    """Bring everything up to date; returns the exit status of the first cell that failed, or 0."""
+    end_with_parent()
+    repair()
+    jobs, devices = how_many(), gpus()
+    FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
+    FIRST_FAILURE.unlink(missing_ok=True)
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir()
+    waiting = waves()
+    while waiting and len(waiting[-1]) == 1:  # the tail: one stage after another, before one's eyes
+        waiting.pop()
+    total, done = sum(map(len, waiting)), 0
+    if total:
+        print(f"{total} cells, {jobs} at once; what each prints goes to {LOGS}/", flush=True)
+    for wave in waiting:
+        status = side_by_side([f"{done + i}/{total} {cell}" for i, cell in enumerate(wave, 1)], jobs, devices)
+        if status:
+            return status
+        done += len(wave)
+    return subprocess.run(["dvc", "--wait-for-lock", "repro"], check=False, preexec_fn=end_with_parent).returncode
+
+
+def side_by_side(cells: list[str], jobs: int, devices: list[str]) -> int:
+    """Run cells (`3/40 rl@ppo-0`), `jobs` at once; returns 0, or the exit status of the first that failed, having shown it."""
+    command = ["xargs", "-P", str(jobs), "-I", "{}"]
+    environment = dict(os.environ)
+    if len(devices) > 1 and len(cells) > 1 and "RLHF_PROCESSES" not in os.environ:
+        command.append("--process-slot-var=RLHF_SLOT")  # which of the `jobs` a cell is: 0, 1, ...
+        environment["RLHF_GPUS"] = ",".join(devices)
+    interrupted = []
+    # Ctrl-C reaches every process. The cells end by it; xargs, and this, wait for them.
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        running = subprocess.Popen(
+            [*command, sys.executable, "-m", "rlhf_vs_dpo.run.cells", "{}"],
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_deaf_and_tied,
+        )  # fmt: skip
+        _, complaint = running.communicate("\n".join(cells) + "\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        print("\ninterrupted; `make repro` goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if running.returncode == 0:
+        return 0
+    if not FIRST_FAILURE.exists():
+        print(f"{complaint}\nerror: the cells were killed; `make repro` goes on from here", file=sys.stderr)
+        return 1
+    failure = json.loads(FIRST_FAILURE.read_text())
+    log = LOGS / f"{failure['cell']}.log"
+    tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-SHOWN:]
+    print(
+        f"\n{failure['cell']} failed. The end of {log}:\n", *(f"  {line}" for line in tail), sep="\n", file=sys.stderr
+    )
+    print("\n`make repro` goes on from here.", file=sys.stderr)
+    return failure["status"]
+
+
+def one(cell: str) -> int:
+    """Run one cell, its output into its log; called by xargs with `3/40 rl@ppo-0`."""
+    end_with_parent()
+    if FIRST_FAILURE.exists():  # nothing new is started
+        return 1
+    number, name = cell.split()
+    environment = dict(os.environ)
+    if "RLHF_GPUS" in environment and "RLHF_SLOT" in environment:
+        of = environment["RLHF_GPUS"].split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = of[int(environment["RLHF_SLOT"]) % len(of)]
+    log, started = LOGS / f"{name}.log", time.monotonic()
+    _say(f"{number:>7}  {name} starts")
+    with log.open("w") as output:
+        status = subprocess.run(
+            ["dvc", "--wait-for-lock", "repro", "--single-item", name],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False,
+            preexec_fn=_listening_and_tied,
+        ).returncode  # fmt: skip
+    took = _duration(time.monotonic() - started)
+    if status == 0:
+        said = log.read_text(errors="replace")
+        how = (
+            "done" if "Running stage" in said else "brought back from the cache" if "is cached" in said else "unchanged"
+        )
+        _say(f"{number:>7}  {name} {how}, {took}")
+        return 0
+    _say(f"{number:>7}  {name} FAILED after {took}")
+    try:
+        with FIRST_FAILURE.open("x") as file:
+            json.dump({"cell": name, "status": status if 0 < status < 256 else 1}, file)
+    except FileExistsError:
+        pass
+    return 1
+
+
+def waves() -> list[list[str]]:
+    """Names of the stages that are not up to date, and of all that follow from them, in waves that can run side by side."""
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        graph = repo.index.graph  # from each stage to what it depends on
+        changed = set(repo.status())
+        stale = {stage for stage in graph if stage.addressing in changed}
+        stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)}
+        order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
+        generations = networkx.topological_generations(graph.subgraph(stale).reverse())
+        return [[stage.addressing for stage in sorted(g, key=order.__getitem__)] for g in generations]
+
+
+def how_many() -> int:
+    """Cells at once: JOBS, or one for each GPU, or one for each core that this process may use."""
+    given = os.environ.get("JOBS", "")
+    if given and not (given.isdigit() and int(given) > 0):
+        raise ParamsError(f"JOBS is {given!r}; give the number of cells to run at once, 1 or more")
+    if given:
+        return int(given)
+    import joblib
+
+    return len(gpus()) or joblib.cpu_count()  # which knows affinity and the limits of containers
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that cells may use, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    found = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number in range(len(list(found.iterdir())))] if found.is_dir() else []
+
+
+def repair() -> None:
+    """Set aside what a DVC that was killed in the middle of a word left behind: it would refuse to start."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    lock, busy = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
+    if lock.exists():
+        try:
+            whole = isinstance(YAML(typ="safe").load(lock.read_text()), dict)
+        except YAMLError:
+            whole = False
+        if not whole:
+            lock.replace("dvc.lock.damaged")
+            print("dvc.lock was cut off and is now dvc.lock.damaged; what was finished comes back from DVC's cache")
+    if busy.exists():
+        try:
+            json.loads(busy.read_text())
+        except json.JSONDecodeError:
+            busy.unlink()
+
+
+def _deaf_and_tied() -> None:
+    """Before xargs starts: it must outlive Ctrl-C, and end with this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def _listening_and_tied() -> None:
+    """Before DVC starts: it hears Ctrl-C again, and ends with this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with_parent()
+
+
+def _say(what: Any) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(one(sys.argv[1]) if len(sys.argv) > 1 else main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
