@@ -175,8 +175,9 @@ class Resamples:
             return Estimate(float("nan"), np.full(self.count, np.nan), each=each, drawn=drawn)
         of, moving = each[usable], drawn[:, usable]
         value = float(of.mean())
-        with np.errstate(invalid="ignore"):
-            draws = np.nanmean(moving, axis=1) if np.isnan(moving).any() else moving.mean(1)
+        draws = np.full(len(moving), np.nan)
+        some = np.isfinite(moving).any(1)  # resamples that had anything to measure
+        draws[some] = np.nanmean(moving[some], axis=1)
         variance = 0.0
         if len(of) > 1:
             moved = self.lines(len(of)) @ of - value

@@ -14,7 +14,7 @@ from rlhf_vs_dpo.run import atomic
 if not torch.cuda.is_available():
     # Gradients of a place that was read several times are added in order, not by threads that race (run/arithmetic.py). On a GPU
     # some operations have no such form.
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # what use_deterministic_algorithms does, without a second of imports
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would only make what is never read the same
 
 

@@ -37,8 +37,9 @@ def main() -> int:
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir()
     waiting = waves()
+    rest: list[str] = []
     while waiting and len(waiting[-1]) == 1:  # the tail: one stage after another, before one's eyes
-        waiting.pop()
+        rest = waiting.pop() + rest
     total, done = sum(map(len, waiting)), 0
     if total:
         print(f"{total} cells, {jobs} at once; what each prints goes to {LOGS}/", flush=True)
@@ -47,7 +48,12 @@ def main() -> int:
         if status:
             return status
         done += len(wave)
-    return subprocess.run(["dvc", "--wait-for-lock", "repro"], check=False, preexec_fn=end_with_parent).returncode
+    if not rest and not total:
+        print("Everything is up to date.")
+    if not rest:
+        return 0
+    tail = ["dvc", "--wait-for-lock", "repro", "--single-item", *rest]
+    return subprocess.run(tail, check=False, preexec_fn=end_with_parent).returncode
 
 
 def side_by_side(cells: list[str], jobs: int, devices: list[str]) -> int:

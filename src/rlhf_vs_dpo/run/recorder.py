@@ -125,8 +125,9 @@ class Writer:
     def __init__(self, name: str, tags: dict[str, str], params: dict[str, Any]):
         from rlhf_vs_dpo.run import store
 
-        self.store, self.client = store, store.client()
+        # First of all: it makes the store where there is none, one process at a time.
         place = store.experiment(store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES)
+        self.store, self.client = store, store.client()
         made = self.client.create_run(place, run_name=tags.get("policy", name), tags=tags_of(name, tags))
         self.run_id = made.info.run_id
         self.client.log_batch(self.run_id, params=store.params(params))

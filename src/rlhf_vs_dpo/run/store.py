@@ -35,7 +35,7 @@ def database() -> Path | None:
 
 
 def client():
-    """A client of the store."""
+    """A client of the store, which must be there: `experiment` makes it."""
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it narrates the making of its tables
