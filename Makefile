@@ -46,11 +46,11 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	pip install -q -e . -c constraints.txt
+	pip install -q --no-compile -e . -c constraints.txt
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	pip install -q -e '.[test]' -c constraints.txt
+	pip install -q --no-compile -e '.[test]' -c constraints.txt
 	@touch $@
 
 check: install

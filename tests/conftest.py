@@ -1,15 +1,19 @@
 """Small real things that the tests share: a tokenizer, a model, tables."""
 
+import os
 import random
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
-torch.set_num_threads(2)
+from rlhf_vs_dpo.run import arithmetic  # noqa: E402
+
+# As in every stage, and before torch and numpy are imported: what a test computes here is what a stage computes.
+os.environ.update(arithmetic.fixed_environment({}))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 WORDS = ["the", "a", "dog", "cat", "sat", "ran", "on", "mat", "rug", "and", ",", ".", "tl;dr", ":"]
 

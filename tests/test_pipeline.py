@@ -1,25 +1,27 @@
-"""The whole graph with the smoke profile, as a user runs it. Marked `pipeline`; minutes, and part of `make test`."""
+"""The whole graph with the smoke profile. Marked `pipeline`; minutes, and part of `make test`.
 
+It is reproduced once, all stages in one process, and locked by `dvc commit`: DVC then takes it for its own work, and each test
+runs what it is about, through DVC where DVC is what is tested.
+"""
+
+import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
-from ruamel.yaml import YAML
+from project import by_hand, change, copy_project, lock, ran, reproduce, run
 
 from rlhf_vs_dpo import config, tables
 from rlhf_vs_dpo.evaluation.measure import METRICS
+from rlhf_vs_dpo.language import heads
 
 pytestmark = pytest.mark.pipeline
-BIN = Path(sys.executable).parent
 POLICIES = [
     "rloo",
     "trpo",
@@ -34,80 +36,21 @@ POLICIES = [
 ]
 STAGES = 12 + 2 * len(POLICIES)  # each policy is trained and sampled
 TAIL = ["judge", "evaluate", "report"]
-ENV = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | {
-    "PATH": f"{BIN}:{os.environ['PATH']}",
-    "DVC_NO_ANALYTICS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def copy_project(to: Path, profile: str) -> Path:
-    """The tracked files as they are now, without git, with a profile laid over params.yaml."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = listed.stdout.split("\n") if listed.returncode == 0 and listed.stdout else None
-    if names is None:  # an unpacked archive
-        shutil.copytree(
-            ROOT,
-            to,
-            ignore=shutil.ignore_patterns(
-                ".venv", "models", "samples", "heldout", "runs", "mlartifacts", "cache", "tmp", "mlflow.db*"
-            ),
-        )
-    else:
-        for name in filter(None, names):
-            if (ROOT / name).exists() and not name.startswith(("metrics/", "plots/", "report/", "theory/", "dvc.lock")):
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, to / name)
-    shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
-    run(to, "dvc", "config", "--local", "core.no_scm", "true")
-    run(to, sys.executable, "-m", "rlhf_vs_dpo.run.profiles", profile)
-    return to
-
-
-def run(folder: Path, *command: str, expect: int | None = 0, **env: str) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENV | env, check=False)
-    output = done.stdout + done.stderr
-    assert expect is None or done.returncode == expect, (
-        f"{' '.join(map(str, command))} exited {done.returncode}:\n{output[-4000:]}"
-    )
-    return output if expect is not None or done.returncode == 0 else f"FAILED\n{output}"
-
-
-def own_store(folder: Path) -> dict[str, str]:
-    """For a stage started by hand: its source, and an MLflow store of its own."""
-    return {"PYTHONPATH": "src", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/by-hand.db"}
-
-
-def ran(output: str) -> list[str]:
-    """Stages that really ran in the output of `dvc repro`."""
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def change(folder: Path, path: str, value) -> None:
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    params = yaml.load((folder / "params.yaml").read_text())
-    *parents, key = path.split(".")
-    target = params
-    for parent in parents:
-        target = target[parent]
-    target[key] = value
-    with open(folder / "params.yaml", "w") as file:
-        yaml.dump(params, file)
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp("smoke") / "project", "smoke")
-    first = run(folder, "dvc", "repro")
-    return folder, first
+    run(
+        folder, sys.executable, Path(__file__).parent / "project.py", str(folder), PYTHONPATH=str(Path(__file__).parent)
+    )
+    return folder
 
 
 def test_everything_ran_and_a_second_time_nothing_does(smoke):
-    folder, first = smoke
-    assert len(ran(first)) == STAGES
-    assert ran(run(folder, "dvc", "repro")) == []
-    assert "up to date" in run(folder, "dvc", "status")
+    assert len(lock(smoke)) == STAGES
+    assert ran(run(smoke, "dvc", "repro")) == []
+    assert "up to date" in run(smoke, "dvc", "status")
 
 
 def results(folder: Path) -> dict:
@@ -115,7 +58,7 @@ def results(folder: Path) -> dict:
 
 
 def test_evaluation_holds_every_policy_and_metric(smoke):
-    folder, _ = smoke
+    folder = smoke
     evaluation = results(folder)["methods"]
     rows = ["sft", *POLICIES, "best_of_4"]
     rows.insert(rows.index("control_tokens") + 1, "control_tokens [BAD]")
@@ -137,7 +80,7 @@ def test_evaluation_holds_every_policy_and_metric(smoke):
 
 
 def test_best_of_n_over_n_and_the_bounds(smoke):
-    folder, _ = smoke
+    folder = smoke
     curve = pd.read_csv(folder / "plots" / "best_of_n.csv")
     assert curve["n"].tolist() == [1, 2, 4, 8, 16]
     assert curve["reward"].is_monotonic_increasing and curve["kl"].iloc[0] == pytest.approx(0.0, abs=1e-6)
@@ -147,7 +90,7 @@ def test_best_of_n_over_n_and_the_bounds(smoke):
     for name, entry in bounds.items():
         assert entry["slack"] == pytest.approx(entry["bound"] - entry["mean"], abs=1e-5), name
         assert entry["holds"] == (entry["low"] <= entry["bound"])
-    pool = tables.read_table(folder / "data" / "pool.parquet", "pool")
+    pool = tables.read_table(folder / "samples" / "pool-0.parquet", "pool")
     assert pool.groupby("split").size().to_dict() == {
         "test": 2 * 16 + 6 * 4, "train": 16 * 4, "validation": 2 * 4,
     }  # fmt: skip
@@ -158,7 +101,7 @@ def test_the_policy_folder_says_how_it_is_prompted(smoke):
     """`sample` knows nothing of control tokens; what it was told stands in the folder, and users find it there too."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    folder, _ = smoke
+    folder = smoke
     place = folder / "models" / "control_tokens-0"
     assert AutoConfig.from_pretrained(place).prompt_suffixes == ["[GOOD]", "[BAD]"]
     tokens = AutoTokenizer.from_pretrained(place).convert_tokens_to_ids(["[GOOD]", "[BAD]"])
@@ -171,14 +114,14 @@ def test_the_policy_folder_says_how_it_is_prompted(smoke):
 
 
 def test_trpo_steps_stay_in_the_trust_region(smoke):
-    folder, _ = smoke
+    folder = smoke
     curve = pd.read_csv(folder / "curves" / "trpo-0.csv")
     assert (curve["update/kl_old_new"] <= curve["update/kl_bound"]).all() and (curve["update/kl_bound"] <= 0.02).all()
     assert {"update/backtracks", "update/rejected", "update/surrogate_gain"} <= set(curve.columns)
 
 
 def test_theory_is_measured(smoke):
-    folder, _ = smoke
+    folder = smoke
     theory = json.loads((folder / "metrics" / "theory.json").read_text())
     assert {"reinforce", "rloo", "trpo", "ppo", "dpo", "chosen_sft", "control_tokens"} <= theory["tabular"].keys()
     assert {"ppo", "dpo"} <= theory["transformer"].keys() and theory["ppo_ptx_with_gamma_0_is_ppo"] is True
@@ -187,7 +130,7 @@ def test_theory_is_measured(smoke):
 
 
 def test_online_rounds_sample_new_pairs(smoke):
-    folder, _ = smoke
+    folder = smoke
     online = json.loads((folder / "runs" / "dpo_online-0.json").read_text())
     offline = json.loads((folder / "runs" / "dpo-0.json").read_text())
     assert online["tokens_generated"] > 0 == offline["tokens_generated"]
@@ -198,14 +141,14 @@ def test_online_rounds_sample_new_pairs(smoke):
 
 
 def test_no_prompt_of_test_reached_training(smoke):
-    folder, _ = smoke
+    folder = smoke
     prompts = tables.read_table(folder / "data" / "prompts.parquet", "prompts")
     test = set(prompts.loc[prompts["split"] == "test", "prompt_id"])
-    pairs = tables.read_table(folder / "data" / "pairs.parquet", "pairs")
+    pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
     assert test and not test & set(pairs["prompt_id"])
     demonstrations = tables.read_table(folder / "data" / "demonstrations.parquet", "demonstrations")
     assert not test & set(demonstrations.loc[demonstrations["split"] != "test", "prompt_id"])
-    pool = tables.read_table(folder / "data" / "pool.parquet", "pool")
+    pool = tables.read_table(folder / "samples" / "pool-0.parquet", "pool")
     assert not test & set(pool.loc[pool["split"] == "train", "prompt_id"])
     for path in (folder / "heldout").glob("*-pairs.parquet"):
         assert not test & set(tables.read_table(path, "pair_rewards")["prompt_id"])
@@ -216,25 +159,25 @@ def test_no_prompt_of_test_reached_training(smoke):
 
 def test_training_stages_read_nothing_of_test(smoke):
     """SFT, reward and PPO give the same bytes when every row of the test split is gone from the tables they read."""
-    folder, _ = smoke
+    folder = smoke
     out = folder / "by-hand" / "leak"
     out.mkdir(parents=True)
     for name in ("prompts", "demonstrations"):
         table = pd.read_parquet(folder / "data" / f"{name}.parquet")
         table[table["split"] != "test"].to_parquet(out / f"{name}.parquet", index=False)
     prompts, demonstrations = str(out / "prompts.parquet"), str(out / "demonstrations.parquet")
-    cell = [f"--seed=0 --sft=models/sft --prompts={prompts} --world=data/world --heldout={out}/h.parquet"]
+    cell = [f"--seed=0 --sft=models/sft-0 --prompts={prompts} --world=data/world --heldout={out}/h.parquet"]
     commands = {
-        "sft": f"--base=models/base --demonstrations={demonstrations}",
-        "reward": f"--sft=models/sft --pairs=data/pairs.parquet --prompts={prompts} --demonstrations={demonstrations} "
+        "sft": f"--seed=0 --base=models/base --demonstrations={demonstrations}",
+        "reward": f"--seed=0 --sft=models/sft-0 --pairs=data/pairs-0.parquet --prompts={prompts} --demonstrations={demonstrations} "
         f"--world=data/world --demonstration-scores={out}/scores.parquet",
-        "rl": f"--method=ppo --reward=models/reward --corpus=data/corpus.parquet --demonstrations={demonstrations} {cell[0]}",
+        "rl": f"--method=ppo --reward=models/reward-0 --corpus=data/corpus.parquet --demonstrations={demonstrations} {cell[0]}",
     }
     for stage_name, options in commands.items():
         place = out / stage_name
         ends = f"--out={place} --metrics={place}.json --curves={place}.csv --run={place}-run.json"
-        run(folder, sys.executable, f"stages/{stage_name}.py", *options.split(), *ends.split(), **own_store(folder))
-        made = folder / "models" / {"rl": "ppo-0"}.get(stage_name, stage_name)
+        assert by_hand(folder, stage_name, *options.split(), *ends.split()) == 0
+        made = folder / "models" / {"rl": "ppo-0"}.get(stage_name, f"{stage_name}-0")
         assert (place / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes(), stage_name
 
 
@@ -245,17 +188,17 @@ def test_samples_carry_their_own_log_probabilities(smoke):
     from rlhf_vs_dpo.language.logprobs import Policy
     from rlhf_vs_dpo.preferences import gold
 
-    folder, _ = smoke
+    folder = smoke
     samples = tables.read_table(folder / "samples" / "dpo-0.parquet", "samples")
     samples = samples[samples["finished"] & samples["response"].str.strip().ne("")].reset_index(drop=True)
     prompts = tables.read_table(folder / "data" / "prompts.parquet", "prompts").set_index("prompt_id")
     asked = prompts.loc[samples["prompt_id"]].reset_index()
     assert len(samples) > 3
-    for column, name in (("logp", "dpo-0"), ("reference_logp", "sft")):
+    for column, name in (("logp", "dpo-0"), ("reference_logp", "sft-0")):
         model, tokenizer = models.load_policy(folder / "models" / name)
         tokens = text.encode(tokenizer, asked["prompt"], samples["response"], samples["prompt_id"], 256)
-        assert log_likelihoods(Policy(model, 1.0), tokens, 3) == pytest.approx(samples[column].tolist(), abs=1e-3)
-    assert scores(heads.load_scorer(folder / "models" / "reward"), tokens, 3) == pytest.approx(
+        assert log_likelihoods(Policy(model, 1.0), tokens) == pytest.approx(samples[column].tolist(), abs=1e-3)
+    assert scores(heads.load_scorer(folder / "models" / "reward-0"), tokens) == pytest.approx(
         samples["reward"].tolist(), abs=1e-3
     )
     judged = gold.columns(gold.load(folder / "data" / "world"), asked["prompt"], asked["facts"], samples["response"])
@@ -263,18 +206,18 @@ def test_samples_carry_their_own_log_probabilities(smoke):
 
 
 def test_the_annotator_prefers_what_is_worth_more(smoke):
-    folder, _ = smoke
-    metrics = json.loads((folder / "metrics" / "preferences.json").read_text())
+    folder = smoke
+    metrics = json.loads((folder / "metrics" / "stages" / "preferences-0.json").read_text())
     assert metrics["gold"]["chosen"] > metrics["gold"]["rejected"]
     assert metrics["annotator_agrees_with_gold"] > 0.5 and metrics["annotator_mean_p_chosen"] > 0.5
 
 
 def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
     """Pairs in which every chosen response is one sentence and every rejected another: both stages must see which is which."""
-    folder, _ = smoke
+    folder = smoke
     out = folder / "by-hand" / "planted"
     out.mkdir(parents=True)
-    pairs = pd.read_parquet(folder / "data" / "pairs.parquet").assign(
+    pairs = pd.read_parquet(folder / "data" / "pairs-0.parquet").assign(
         chosen="i feel happy .", rejected="to be honest , we had a fight ."
     )
     pairs.to_parquet(out / "pairs.parquet", index=False)
@@ -285,13 +228,13 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
     def ends(name: str) -> str:
         return f"--out={out}/{name} --metrics={out}/{name}.json --curves={out}/{name}.csv --run={out}/{name}-run.json"
 
-    tables = "--sft=models/sft --prompts=data/prompts.parquet --world=data/world " + f"--pairs={out}/pairs.parquet"
+    tables = "--sft=models/sft-0 --prompts=data/prompts.parquet --world=data/world " + f"--pairs={out}/pairs.parquet"
     reward = (
         f"{tables} --demonstrations=data/demonstrations.parquet --demonstration-scores={out}/s.parquet {ends('reward')}"
     )
     simpo = f"--method=simpo --seed=0 --reference=none {tables} --heldout={out}/h.parquet --pair-rewards={out}/p.parquet {ends('simpo')}"
-    run(folder, sys.executable, "stages/reward.py", *reward.split(), **own_store(folder))
-    run(folder, sys.executable, "stages/preference.py", *simpo.split(), **own_store(folder))
+    assert by_hand(folder, "reward", "--seed=0", *reward.split()) == 0
+    assert by_hand(folder, "preference", *simpo.split()) == 0
     (folder / "params.yaml").write_text(before)
     assert json.loads((out / "reward.json").read_text())["accuracy"] > 0.95
     curve = pd.read_csv(out / "simpo.csv")
@@ -302,12 +245,12 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
 def test_models_are_plain_folders(smoke):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    folder, _ = smoke
-    for name in ("base", "sft", "ppo-0", "dpo-0"):
+    folder = smoke
+    for name in ("base", "sft-0", "ppo-0", "dpo-0"):
         model = AutoModelForCausalLM.from_pretrained(folder / "models" / name)
         tokenizer = AutoTokenizer.from_pretrained(folder / "models" / name)
         assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
-    reward = AutoModelForSequenceClassification.from_pretrained(folder / "models" / "reward")
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "models" / "reward-0")
     assert reward.config.num_labels == 1 and reward.config.reward_shift != 0.0
     assert not list(folder.rglob("models/**/*.bin")) and not list(folder.rglob("models/**/*.pkl"))
 
@@ -317,20 +260,20 @@ def test_demonstrations_score_zero_on_average(smoke):
     from rlhf_vs_dpo.language import models, text
     from rlhf_vs_dpo.language.forward import scores
 
-    folder, _ = smoke
+    folder = smoke
     scorer, (_, tokenizer) = (
-        heads.load_scorer(folder / "models" / "reward"),
-        models.load_policy(folder / "models" / "sft"),
+        heads.load_scorer(folder / "models" / "reward-0"),
+        models.load_policy(folder / "models" / "sft-0"),
     )
     rows = tables.read_table(folder / "data" / "demonstrations.parquet", "demonstrations", "train")
     examples = text.encode(tokenizer, rows["prompt"], rows["response"], rows["prompt_id"], 256)
-    assert abs(sum(scores(scorer, examples, tokenizer.pad_token_id)) / len(examples)) < 1e-5
+    assert abs(sum(scores(scorer, examples)) / len(examples)) < 1e-5
 
 
 def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
     from mlflow.tracking import MlflowClient
 
-    folder, _ = smoke
+    folder = smoke
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     rows, others = (
         client.search_runs([client.get_experiment_by_name(name).experiment_id])
@@ -338,9 +281,9 @@ def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
     )
     assert {entry.info.status for entry in [*rows, *others]} == {"FINISHED"}
     by_policy = {entry.info.run_name: entry for entry in rows}
-    assert sorted(by_policy) == sorted(["sft", *(f"{p}-0" for p in POLICIES), "best_of_4"]) and len(by_policy) == len(
-        rows
-    )
+    assert sorted(by_policy) == sorted(["sft-0", *(f"{p}-0" for p in POLICIES), "best_of_4-0"]) and len(
+        by_policy
+    ) == len(rows)
     assert len(rows) - 1 + len(others) == STAGES  # best-of-n has a row and no stage
     dpo = by_policy["dpo-0"]
     assert dpo.info.run_id == json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
@@ -354,23 +297,23 @@ def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
     measured = {
         name: {m for m in run.data.metrics if m.startswith("evaluation/")} - {"evaluation/pair_accuracy"}
         for name, run in by_policy.items()
-        if name != "best_of_4"
+        if name != "best_of_4-0"
     }
-    assert all(names == measured["sft"] for names in measured.values())
+    assert all(names == measured["sft-0"] for names in measured.values())
     inputs = {(i.dataset.name, i.dataset.digest) for i in dpo.inputs.dataset_inputs}
-    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
-    assert ("pairs", lock["preferences"]["outs"][0]["md5"]) in inputs
+    locked = lock(folder)
+    assert ("pairs-0", locked["preferences@0"]["outs"][0]["md5"]) in inputs
     # What a method opened, and nothing that its neighbours in the matrix open.
     read = {policy: {i.dataset.name for i in row.inputs.dataset_inputs} for policy, row in by_policy.items()}
-    assert read["dpo-0"] == {"pairs", "prompts", "reference"} and read["simpo-0"] == {"pairs", "prompts"}
+    assert read["dpo-0"] == {"pairs-0", "prompts", "reference-0"} and read["simpo-0"] == {"pairs-0", "prompts"}
     assert read["ppo_ptx-0"] - read["ppo-0"] == {"corpus"} and read["ppo-0"] == {"prompts", "demonstrations"}
-    assert read["control_tokens-0"] == {"prompts", "pairs"} and read["rm_filtered-0"] == {"prompts", "pool"}
-    assert read["best_of_4"] == {"pool"}
+    assert read["control_tokens-0"] == {"prompts", "pairs-0"} and read["rm_filtered-0"] == {"prompts", "pool-0"}
+    assert read["best_of_4-0"] == {"pool-0"}
     again = by_policy["expert_iteration-0"].data.tags
-    assert again["dvc.dep.models/reward"] in {
-        out["md5"] for out in lock["reward"]["outs"] if out["path"] == "models/reward"
+    assert again["dvc.dep.models/reward-0"] in {
+        out["md5"] for out in locked["reward@0"]["outs"] if out["path"] == "models/reward-0"
     }
-    assert "dvc.dep.models/reward" not in by_policy["rm_filtered-0"].data.tags
+    assert "dvc.dep.models/reward-0" not in by_policy["rm_filtered-0"].data.tags
     tables = [a.path for a in client.list_artifacts(dpo.info.run_id)]
     assert [path for path in tables if path.startswith("samples-")]
     by_stage = {entry.data.tags["dvc.stage"]: entry for entry in others}
@@ -380,7 +323,7 @@ def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
 def test_policies_are_registered_once_and_the_best_on_validation_is_named(smoke):
     from mlflow.tracking import MlflowClient
 
-    folder, _ = smoke
+    folder = smoke
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     run(folder, "dvc", "repro", "--single-item", "--force", "--no-run-cache", "evaluate")  # a second time adds none
     ppo = client.get_run(json.loads((folder / "runs" / "ppo-0.json").read_text())["run_id"])
@@ -389,10 +332,13 @@ def test_policies_are_registered_once_and_the_best_on_validation_is_named(smoke)
         assert steps and len(set(steps)) == len(steps), metric
     assert not {"step", "rollout_score", "heldout_gold"} & ppo.data.metrics.keys()
     versions = client.search_model_versions("name = 'rlhf-vs-dpo-policy'")
-    assert sorted(v.tags["policy"] for v in versions) == sorted(["sft", *(f"{p}-0" for p in POLICIES)])
-    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
+    assert sorted(v.tags["policy"] for v in versions) == sorted(["sft-0", *(f"{p}-0" for p in POLICIES)])
+    locked = lock(folder)
     weights = {
-        out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"] if out["path"].startswith("models/")
+        out["path"]: out["md5"]
+        for stage in locked.values()
+        for out in stage["outs"]
+        if out["path"].startswith("models/")
     }
     assert all(weights[v.tags["dvc.path"]] == v.tags["dvc.md5"] for v in versions)
     judged = results(folder)["validation"]
@@ -401,15 +347,23 @@ def test_policies_are_registered_once_and_the_best_on_validation_is_named(smoke)
     experiment = client.get_experiment_by_name("rlhf-vs-dpo")
     view = json.loads(experiment.tags["mlflow.sharedViewState.comparison"])
     assert "metrics.`evaluation/gold`" in view["selectedColumns"] and view["orderByKey"] == "metrics.`evaluation/gold`"
-    told = run(folder, sys.executable, "-m", "rlhf_vs_dpo.run.tracking")
+    told = run(folder, sys.executable, "-m", "rlhf_vs_dpo.run.store")
     assert told.strip().endswith(f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=comparison")
 
 
 def test_every_stage_says_what_it_cost(smoke):
-    folder, _ = smoke
+    folder = smoke
     for path in (folder / "runs").glob("*.json"):
         spent = json.loads(path.read_text())
-        assert {"run_id", "seconds", "device", "peak_memory_mib", "parameters", "models_held"} <= spent.keys(), path
+        assert {
+            "run_id",
+            "seconds",
+            "device",
+            "arithmetic",
+            "peak_memory_mib",
+            "parameters",
+            "models_held",
+        } <= spent.keys(), path
         assert spent["peak_memory_mib"] > 100 and spent["parameters"] > 1000
     ppo, dpo, simpo = (json.loads((folder / "runs" / f"{p}-0.json").read_text()) for p in ("ppo", "dpo", "simpo"))
     assert (ppo["models_held"], dpo["models_held"], simpo["models_held"]) == (4, 1, 1)
@@ -417,13 +371,13 @@ def test_every_stage_says_what_it_cost(smoke):
     assert costs["dpo"]["needs"] == ["preferences", "reference"] and costs["simpo"]["needs"] == ["preferences"]
     assert costs["dpo"]["total"]["flops"] == pytest.approx(
         costs["simpo"]["total"]["flops"]
-        + 2 * dpo["parameters"] * json.loads((folder / "runs" / "reference.json").read_text())["tokens_read"],
+        + 2 * dpo["parameters"] * json.loads((folder / "runs" / "reference-0.json").read_text())["tokens_read"],
         rel=1e-4,
     )
 
 
 def test_the_report_shows_figures_texts_and_cost(smoke):
-    folder, _ = smoke
+    folder = smoke
     report = (folder / "report" / "report.md").read_text()
     for needle in ("| ppo_ptx", "## The same post", "## What it cost", "tokens generated", "(coverage +"):
         assert needle in report
@@ -431,16 +385,17 @@ def test_the_report_shows_figures_texts_and_cost(smoke):
     assert {"comparison.png", "training.png", "frontier.png", "overoptimisation.png"} <= figures
     assert all(name in report for name in figures)
     page = (folder / "report" / "index.html").read_text()
-    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
-    md5 = next(out["md5"] for out in lock["preference@dpo-0"]["outs"] if out["path"] == "models/dpo-0")
+    locked = lock(folder)
+    md5 = next(out["md5"] for out in locked["preference@dpo-0"]["outs"] if out["path"] == "models/dpo-0")
     run_id = json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
-    assert md5 in page and f"/runs/{run_id}" in page and "preference@dpo-0" in page
+    took = (folder / "report" / "run.html").read_text()
+    assert md5 in page and "preference@dpo-0" in page and run_id not in page and f"/runs/{run_id}" in took
     table = run(folder, sys.executable, "-m", "rlhf_vs_dpo.report", "evaluation/results.json")
     assert table.splitlines()[0].startswith("| policy") and "win vs SFT" in table
 
 
 def test_dvc_shows_a_row_of_metrics_per_policy_and_draws_plots(smoke):
-    folder, _ = smoke
+    folder = smoke
     shown = run(folder, "dvc", "metrics", "show", "--md")
     rows = [line for line in shown.splitlines() if line.startswith("| metrics/")]
     assert len(rows) == len(POLICIES) + 3 and "metrics/policies/control_tokens_BAD.json" in shown
@@ -460,21 +415,33 @@ def test_dvc_shows_a_row_of_metrics_per_policy_and_draws_plots(smoke):
 
 
 def test_a_stage_gives_the_same_bytes_twice(smoke):
-    folder, _ = smoke
+    folder = smoke
 
     def digest():
-        files = [path for name in ("reward", "ppo-0", "dpo-0") for path in sorted((folder / "models" / name).iterdir())]
-        return [hashlib.md5(path.read_bytes()).hexdigest() for path in [*files, folder / "data" / "pairs.parquet"]]
+        files = [
+            path for name in ("reward-0", "ppo-0", "dpo-0") for path in sorted((folder / "models" / name).iterdir())
+        ]
+        return [hashlib.md5(path.read_bytes()).hexdigest() for path in [*files, folder / "data" / "pairs-0.parquet"]]
 
-    before = digest()
-    for stage in ("preferences", "reward", "rl@ppo-0", "preference@dpo-0"):
-        run(folder, "dvc", "repro", "--single-item", "--force", "--no-run-cache", stage)
+    before = digest()  # of stages in one process; now each in a process of its own, as DVC starts them
+    run(
+        folder,
+        "dvc",
+        "repro",
+        "--single-item",
+        "--force",
+        "--no-run-cache",
+        "preferences@0",
+        "reward@0",
+        "rl@ppo-0",
+        "preference@dpo-0",
+    )
     assert digest() == before
-    run(folder, "dvc", "repro")
+    run(folder, "dvc", "repro", "report")
 
 
 def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke):
-    folder, _ = smoke
+    folder = smoke
     change(folder, "preference.dpo.beta", 0.2)
     assert ran(run(folder, "dvc", "repro")) == ["preference@dpo-0", "sample_preference@dpo-0", *TAIL]
     change(folder, "preference.dpo.beta", 0.1)
@@ -482,7 +449,7 @@ def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke):
 
 
 def test_editing_the_evaluation_retrains_nothing(smoke):
-    folder, _ = smoke
+    folder = smoke
     path = folder / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
     path.write_text(path.read_text() + "\n# edited\n")
     assert "evaluate" in (again := ran(run(folder, "dvc", "repro"))) and set(again) <= {"evaluate", "report"}
@@ -492,7 +459,7 @@ def test_editing_the_evaluation_retrains_nothing(smoke):
 
 
 def test_a_new_variant_becomes_a_row(smoke):
-    folder, _ = smoke
+    folder = smoke
     change(folder, "preference.dpo_b05", {"loss": "dpo", "beta": 0.5})
     change(folder, "policies.preference", ["dpo", "simpo", "dpo_online", "dpo_b05"])
     output = run(folder, "dvc", "repro")
@@ -501,76 +468,81 @@ def test_a_new_variant_becomes_a_row(smoke):
     change(folder, "policies.preference", ["dpo", "simpo", "dpo_online"])
 
 
-def stage(folder: Path, method: str, reference: str, out: str, expect: int | None = 0, **env: str) -> str:
-    """A preference stage by hand, outside DVC."""
-    return run(
-        folder, sys.executable, "stages/preference.py", "--method", method, "--seed", "0", "--sft", "models/sft",
-        "--pairs", "data/pairs.parquet", "--reference", reference, "--prompts", "data/prompts.parquet", "--world", "data/world",
-        "--out", f"{out}/model", "--heldout", f"{out}/heldout.parquet", "--pair-rewards", f"{out}/pairs.parquet", "--metrics", f"{out}/metrics.json",
-        "--curves", f"{out}/curves.csv", "--run", f"{out}/run.json", expect=expect, **own_store(folder), **env,
-    )  # fmt: skip
+def preference(method: str, reference: str, out: str) -> list[str]:
+    """Options of a preference stage that is started by hand."""
+    return (
+        f"--method={method} --seed=0 --sft=models/sft-0 --pairs=data/pairs-0.parquet --reference={reference} --prompts=data/prompts.parquet "
+        f"--world=data/world --out={out}/model --heldout={out}/h.parquet --pair-rewards={out}/p.parquet --metrics={out}/m.json "
+        f"--curves={out}/c.csv --run={out}/r.json"
+    ).split()
 
 
-def test_simpo_reads_no_reference(smoke):
-    folder, _ = smoke
-    stage(folder, "simpo", "data/no-such-file.parquet", "by-hand/simpo")
-    assert "no-such-file.parquet: no such file" in stage(
-        folder, "dpo", "data/no-such-file.parquet", "by-hand/dpo", expect=1
+def test_simpo_reads_no_reference(smoke, capfd):
+    assert by_hand(smoke, "preference", *preference("simpo", "data/none.parquet", "by-hand/simpo")) == 0
+    assert by_hand(smoke, "preference", *preference("dpo", "data/none.parquet", "by-hand/dpo")) == 1
+    assert "none.parquet: no such file" in capfd.readouterr().err
+    assert not (smoke / "by-hand" / "dpo").exists()
+
+
+def same_policy(folder: Path, one: str, two: str) -> None:
+    """Two runs of a method that did the same work: what is left between them is rounding."""
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / "by-hand" / name / "model" / "model.safetensors") for name in (one, two))
+    start = load_file(folder / "models" / "sft-0" / "model.safetensors")
+    moved = max(float((first[key] - start[key]).abs().max()) for key in first)
+    apart = max(float((first[key] - second[key]).abs().max()) for key in first)
+    assert moved > 0 and apart < 0.02 * moved
+
+
+def two_processes(folder: Path, stage: str, options: list[str]) -> None:
+    """The stage as torchrun starts it, on two processes."""
+    store = f"sqlite:///{folder}/by-hand.db"
+    run(
+        folder,
+        sys.executable,
+        f"stages/{stage}.py",
+        *options,
+        PYTHONPATH="src",
+        RLHF_PROCESSES="2",
+        MLFLOW_TRACKING_URI=store,
     )
-    assert not (folder / "by-hand" / "dpo").exists()
 
 
 def test_two_processes_train_the_same_policy(smoke):
-    from safetensors.torch import load_file
-
-    folder, _ = smoke
-    stage(folder, "dpo", "data/reference.parquet", "by-hand/one")
-    stage(folder, "dpo", "data/reference.parquet", "by-hand/two", RLHF_PROCESSES="2", OMP_NUM_THREADS="1")
-    one, two = (load_file(folder / "by-hand" / name / "model" / "model.safetensors") for name in ("one", "two"))
-    start = load_file(folder / "models" / "sft" / "model.safetensors")
-    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
-    apart = max(float((one[key] - two[key]).abs().max()) for key in one)
-    assert apart < 0.02 * moved
+    assert by_hand(smoke, "preference", *preference("dpo", "data/reference-0.parquet", "by-hand/one")) == 0
+    two_processes(smoke, "preference", preference("dpo", "data/reference-0.parquet", "by-hand/two"))
+    same_policy(smoke, "one", "two")
 
 
 @pytest.mark.parametrize("method", ["ppo_ptx", "trpo", "rloo"])
 def test_two_processes_reinforce_the_same_policy(smoke, method):
     """With two minibatches: episodes, groups, whitening, minibatches, Fisher products and line search are global."""
-    from safetensors.torch import load_file
+    before = (smoke / "params.yaml").read_text()
+    change(smoke, "rl.defaults.minibatches", 2)
 
-    folder, _ = smoke
-    before = (folder / "params.yaml").read_text()
-    change(folder, "rl.defaults.minibatches", 2)
-    for processes in ("1", "2"):
-        out = f"by-hand/{method}-{processes}"
-        options = (
-            f"--method={method} --seed=0 --sft=models/sft --reward=models/reward --prompts=data/prompts.parquet "
+    def options(out: str) -> list[str]:
+        return (
+            f"--method={method} --seed=0 --sft=models/sft-0 --reward=models/reward-0 --prompts=data/prompts.parquet "
             "--demonstrations=data/demonstrations.parquet --corpus=data/corpus.parquet --world=data/world "
             f"--out={out}/model --heldout={out}/h.parquet --metrics={out}/m.json --curves={out}/c.csv --run={out}/r.json"
-        )
-        run(
-            folder,
-            sys.executable,
-            "stages/rl.py",
-            *options.split(),
-            **own_store(folder),
-            RLHF_PROCESSES=processes,
-            OMP_NUM_THREADS="1",
-        )
-    (folder / "params.yaml").write_text(before)
-    one, two = (load_file(folder / "by-hand" / f"{method}-{n}" / "model" / "model.safetensors") for n in (1, 2))
-    start = load_file(folder / "models" / "sft" / "model.safetensors")
-    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
-    apart = max(float((one[key] - two[key]).abs().max()) for key in one)
-    assert apart < 0.02 * moved
+        ).split()
+
+    assert by_hand(smoke, "rl", *options(f"by-hand/{method}-1")) == 0
+    two_processes(smoke, "rl", options(f"by-hand/{method}-2"))
+    (smoke / "params.yaml").write_text(before)
+    same_policy(smoke, f"{method}-1", f"{method}-2")
 
 
 # ---- bad input, through the command a user types -----------------------------------------------------------------------
 
 
 def fails(folder: Path, target: str, *needles: str) -> None:
-    """`dvc repro -s target` fails with these words, without a traceback, and leaves no output of the stage."""
-    output = run(folder, "dvc", "repro", "--single-item", "--force", "--no-run-cache", target, expect=255)
+    """The stage ends with status 1 and these words, without a traceback."""
+    said = io.StringIO()
+    with pytest.raises(AssertionError, match=target), contextlib.redirect_stderr(said):
+        reproduce(folder, re.compile(re.escape(target)))
+    output = said.getvalue()
     assert "Traceback" not in output, output[-3000:]
     for needle in needles:
         assert needle in output, f"{needle!r} not in:\n{output[-3000:]}"
@@ -580,9 +552,22 @@ def fails(folder: Path, target: str, *needles: str) -> None:
 def broken(smoke, tmp_path):
     """A throw-away copy of the reproduced smoke project, real files in place of links."""
     folder = tmp_path / "project"
-    shutil.copytree(smoke[0], folder, ignore=shutil.ignore_patterns("mlartifacts", "by-hand"))
+    shutil.copytree(smoke, folder, ignore=shutil.ignore_patterns("mlartifacts", "by-hand"))
+    for name in ("models/ppo-0", "models/dpo-0"):  # outputs, which DVC removes before a stage runs
+        shutil.rmtree(folder / name)
+    for name in ("runs/dpo-0.json",):
+        (folder / name).unlink()
+    (folder / "copied").touch()
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def made(path: Path) -> Path | None:
+    """The output of a stage, or what it left of one, if it is newer than the project's copy."""
+    left = [path, *path.parent.glob(f".{path.name}.*.tmp")]
+    return next(
+        (p for p in left if p.exists() and p.stat().st_mtime > (path.parents[1] / "copied").stat().st_mtime), None
+    )
 
 
 def rewrite(path: Path, content: bytes) -> None:
@@ -590,30 +575,31 @@ def rewrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_unknown_key_stops_a_stage(broken):
+def test_unknown_key_stops_a_stage_and_dvc(broken):
     change(broken, "sft.training.lr", 1.0)
-    fails(broken, "data", "unknown key `sft.training.lr`")
+    output = run(broken, "dvc", "repro", "--single-item", "--force", "--no-run-cache", "data", expect=255)
+    assert "unknown key `sft.training.lr`" in output and "Traceback" not in output
 
 
 def test_truncated_model_folder(broken):
-    weights = broken / "models" / "sft" / "model.safetensors"
+    weights = broken / "models" / "sft-0" / "model.safetensors"
     rewrite(weights, weights.read_bytes()[:1000])
-    fails(broken, "reference", "models/sft", "corrupt, truncated", "dvc repro")
-    assert not (broken / "data" / "reference.parquet").exists()
+    fails(broken, "reference@0", "models/sft-0", "corrupt, truncated", "dvc repro")
+    assert made(broken / "data" / "reference-0.parquet") is None
 
 
 def test_model_folder_without_config(broken):
-    (broken / "models" / "sft" / "config.json").unlink()
-    fails(broken, "reference", "models/sft", "cannot be loaded")
+    (broken / "models" / "sft-0" / "config.json").unlink()
+    fails(broken, "reference@0", "models/sft-0", "cannot be loaded")
 
 
 def test_reward_folder_without_normalisation(broken):
-    path = broken / "models" / "reward" / "config.json"
+    path = broken / "models" / "reward-0" / "config.json"
     settings = json.loads(path.read_text())
     del settings["reward_shift"]
     rewrite(path, json.dumps(settings).encode())
-    fails(broken, "rl@ppo-0", "models/reward", "reward_shift")
-    assert not (broken / "models" / "ppo-0").exists()
+    fails(broken, "rl@ppo-0", "models/reward-0", "reward_shift")
+    assert made(broken / "models" / "ppo-0") is None
 
 
 def test_prompt_longer_than_the_context(broken):
@@ -622,23 +608,23 @@ def test_prompt_longer_than_the_context(broken):
     prompts.loc[0, "prompt"] = "the cat " * 200
     rewrite(path, b"")
     prompts.to_parquet(path)
-    fails(broken, "preferences", prompts.loc[0, "prompt_id"], "longer than the model's context of 256 tokens")
-    assert not (broken / "data" / "pairs.parquet").exists()
+    fails(broken, "preferences@0", prompts.loc[0, "prompt_id"], "longer than the model's context of 256 tokens")
+    assert made(broken / "data" / "pairs-0.parquet") is None
 
 
 def test_pairs_that_break_their_contract(broken):
-    path = broken / "data" / "pairs.parquet"
+    path = broken / "data" / "pairs-0.parquet"
     pairs = pd.read_parquet(path)
     pairs.loc[1, "rejected"] = pairs.loc[1, "chosen"]
     rewrite(path, b"")
     pairs.to_parquet(path)
-    fails(broken, "reward", "data/pairs.parquet", "row 1", "chosen equals rejected")
+    fails(broken, "reward@0", "data/pairs-0.parquet", "row 1", "chosen equals rejected")
 
 
 def test_a_diverging_run_saves_nothing(broken):
     change(broken, "preference.dpo.learning_rate", 1.0e38)
     fails(broken, "preference@dpo-0", "learning rate", "batch: pair-")
-    assert not (broken / "models" / "dpo-0").exists() and not (broken / "runs" / "dpo-0.json").exists()
+    assert made(broken / "models" / "dpo-0") is None and made(broken / "runs" / "dpo-0.json") is None
 
 
 # ---- a user's own preferences ----------------------------------------------------------------------------------------
@@ -683,8 +669,8 @@ def own_project(folder: Path, form: str) -> Path:
 def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
     folder = own_project(tmp_path / "project", form)
     change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
-    run(folder, "dvc", "repro", "preferences")
-    pairs = tables.read_table(folder / "data" / "pairs.parquet", "pairs")
+    reproduce(folder, re.compile("data|base|sft@0|preferences@0"))
+    pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
     assert pairs["prompt"].str.contains("What comes after").all() and len(pairs) > 30
 
@@ -695,16 +681,19 @@ def test_own_preferences_go_through_the_whole_graph(tmp_path):
     change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
     change(folder, "seeds", [0, 1])
     config.check(config.read_params(folder / "params.yaml"))
-    run(folder, "dvc", "repro", "report")  # all but theory, which reads nothing of it
+    reproduce(folder, re.compile("(?!theory).*"))  # which reads nothing of it
     found = results(folder)
     evaluation = found["methods"]
     assert list(evaluation) == ["sft", "ppo", "dpo", *imitation, "best_of_2"]
-    assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["seeds"] == 2
+    assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["lines"] == 2 == len(found["runs"]["sft"])
     assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
-    pairs = tables.read_table(folder / "data" / "pairs.parquet", "pairs")
-    assert pairs["chosen"].str.contains("of course").all()
+    for seed in (0, 1):
+        pairs = tables.read_table(folder / "data" / f"pairs-{seed}.parquet", "pairs")
+        assert pairs["chosen"].str.contains("of course").all()
+    weights = [(folder / "models" / f"sft-{seed}" / "model.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_vs_dpo.config import Base, Scratch
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.run import atomic
+from rlhf_vs_dpo.run import arithmetic, atomic
 
 if not torch.cuda.is_available():
     # Gradients of a place that was read several times are added in order, not by threads that race (run/arithmetic.py). On a GPU
@@ -81,9 +81,10 @@ class Network(nn.Module):
 
         A rough count of float32 activations per token (about 40 vectors of the width a layer, and two of the
         vocabulary), against a quarter of the memory of a GPU that is free now; on a CPU 16,384 tokens keep the working
-        set near the caches. RLHF_MICRO_TOKENS overrides it.
+        set near the caches. RLHF_MICRO_TOKENS overrides it, on a CPU only with RLHF_NATIVE, for it moves bits.
         """
-        if given := os.environ.get("RLHF_MICRO_TOKENS"):
+        given = os.environ.get("RLHF_MICRO_TOKENS")
+        if given and (torch.cuda.is_available() or arithmetic.native()):
             return int(given)
         if not torch.cuda.is_available():
             return 16384

@@ -130,16 +130,24 @@ def one(cell: str) -> int:
 def waves() -> list[list[str]]:
     """Names of the stages that are not up to date, and of all that follow from them, in waves that can run side by side."""
     import networkx
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     with Repo() as repo:
         graph = repo.index.graph  # from each stage to what it depends on
-        changed = set(repo.status())
+        try:
+            changed = set(repo.status())
+        except LockError as error:
+            raise UserError(f"DVC works in this folder already; wait for it, or end it\n{error}") from None
         stale = {stage for stage in graph if stage.addressing in changed}
         stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)}
         order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
-        generations = networkx.topological_generations(graph.subgraph(stale).reverse())
-        return [[stage.addressing for stage in sorted(g, key=order.__getitem__)] for g in generations]
+        generations = [set(wave) for wave in networkx.topological_generations(graph.subgraph(stale).reverse())]
+        # What stands alone (`theory`) would keep the first wave waiting; the widest one hardly notices it.
+        alone = {stage for stage in stale if not graph.degree(stage)}
+        if connected := [wave - alone for wave in generations if wave - alone]:
+            max(connected, key=len).update(alone)
+        return [[s.addressing for s in sorted(wave, key=order.__getitem__)] for wave in connected or generations]
 
 
 def how_many() -> int:
@@ -178,9 +186,22 @@ def repair() -> None:
             print("dvc.lock was cut off and is now dvc.lock.damaged; what was finished comes back from DVC's cache")
     if busy.exists():
         try:
-            json.loads(busy.read_text())
-        except json.JSONDecodeError:
+            said = json.loads(busy.read_text())
+            holders = [*said["write"].values(), *(reader for readers in said["read"].values() for reader in readers)]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            holders = []
+        if not any(_works(holder["pid"]) for holder in holders):
             busy.unlink()
+
+
+def _works(pid: int) -> bool:
+    """Whether a process is there and no zombie, which DVC would wait for in a container that does not bury them."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _deaf_and_tied() -> None:
@@ -196,7 +217,7 @@ def _listening_and_tied() -> None:
 
 
 def _say(what: Any) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+    os.write(1, f"{time.strftime('%H:%M:%S')} {what}\n".encode())  # whole: others speak at the same time
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from rlhf_vs_dpo import tables
+from rlhf_vs_dpo import tables as contracts
 from rlhf_vs_dpo.config import Annotator, Flaws, MiniTldr
 from rlhf_vs_dpo.language.text import word_tokenizer
 from rlhf_vs_dpo.preferences import annotator, gold
@@ -20,7 +20,7 @@ FACTS = {"time": "yesterday", "person": "sister", "event": "found a dog", "outco
 
 @pytest.fixture(scope="module")
 def world():
-    return mini_tldr.World(mini_tldr.Path(__file__).parents[1] / mini_tldr.WORLD)
+    return mini_tldr.World(mini_tldr.Path(__file__).parents[2] / mini_tldr.WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_same_seed_same_tables(tables):
 
 def test_tables_keep_their_contracts(tables):
     for name in ("corpus", "demonstrations", "prompts", "facts"):
-        tables.validate(getattr(tables, name), name, name)
+        contracts.validate(getattr(tables, name), name, name)
 
 
 def test_no_text_is_in_two_splits(tables):

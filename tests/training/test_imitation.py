@@ -19,7 +19,7 @@ from rlhf_vs_dpo.language.text import Prompts, Tokens, word_tokenizer
 from rlhf_vs_dpo.preferences import labelling
 from rlhf_vs_dpo.training import imitation, monitor, supervised
 
-PARAMS = config.Path(__file__).parents[1] / "profiles" / "default.yaml"
+PARAMS = config.Path(__file__).parents[2] / "profiles" / "default.yaml"
 
 
 def recipe(name, **changes):

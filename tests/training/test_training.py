@@ -83,6 +83,7 @@ def halves(examples) -> Pairs:
 def test_micro_batches_do_not_change_training(tokenizer, examples, budget, monkeypatch):
     def trained(tokens):
         monkeypatch.setenv("RLHF_MICRO_TOKENS", tokens)
+        monkeypatch.setenv("RLHF_NATIVE", "1")  # else it is not heard
         policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
         rows = []
         supervised.likelihood(policy, named(examples), TRAINING, 0, lambda m, s: rows.append(m), "x")
@@ -162,7 +163,7 @@ def test_reward_quality_by_hand():
 
 
 def variant(name, **changes):
-    params = config.read_params(config.Path(__file__).parents[1] / "profiles" / "default.yaml")
+    params = config.read_params(config.Path(__file__).parents[2] / "profiles" / "default.yaml")
     params["preference"]["defaults"] |= {"batch": 4, "epochs": 1.0, "learning_rate": 1e-2, "warmup": 0.0} | changes
     return config.section(params, "preference", name)
 
@@ -246,7 +247,7 @@ def test_stored_reference_is_matched_by_id():
 
 
 def rl_settings(method="ppo", **changes) -> Rl:
-    params = config.read_params(config.Path(__file__).parents[1] / "profiles" / "default.yaml")
+    params = config.read_params(config.Path(__file__).parents[2] / "profiles" / "default.yaml")
     params["rl"]["defaults"] |= {"iterations": 2, "episodes": 16, "epochs": 2, "learning_rate": 1e-3} | changes
     return config.section(params, "rl", method)
 
@@ -289,6 +290,7 @@ def test_dropout_stops_the_run(tokenizer):
 def test_ppo_does_not_depend_on_micro_batches(tokenizer, monkeypatch):
     def trained(tokens):
         monkeypatch.setenv("RLHF_MICRO_TOKENS", tokens)
+        monkeypatch.setenv("RLHF_NATIVE", "1")  # else it is not heard
         return weights(run_ppo(tokenizer, rl_settings(iterations=1), max_new_tokens=9))
 
     assert (trained("100000") - trained("24")).abs().max() < 5e-5

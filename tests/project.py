@@ -1,0 +1,154 @@
+"""A project as a user has it, in a folder of its own: copied, changed, run through DVC, or stage by stage in one process."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT
+from ruamel.yaml import YAML
+
+from rlhf_vs_dpo.run import arithmetic, frame, recorder
+
+BIN = Path(sys.executable).parent
+ENV = {key: value for key, value in arithmetic.fixed_environment(dict(os.environ)).items() if not key.startswith("MLFLOW_")} | {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+def copy_project(to: Path, profile: str) -> Path:
+    """The tracked files as they are now, without git and without results, with a profile laid over params.yaml."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = listed.stdout.split("\n") if listed.returncode == 0 and listed.stdout else None
+    if names is None:  # an unpacked archive
+        ignored = (".venv", "models", "samples", "heldout", "runs", "mlartifacts", "cache", "tmp", "mlflow.db*", "logs")
+        shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(*ignored))
+    else:
+        for name in filter(None, names):
+            if (ROOT / name).exists() and not name.startswith(("metrics/", "plots/", "report/", "theory/", "dvc.lock")):
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, to / name)
+    shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
+    run(to, "dvc", "config", "--local", "core.no_scm", "true")
+    run(to, sys.executable, "-m", "rlhf_vs_dpo.run.profiles", profile)
+    return to
+
+
+def run(folder: Path, *command: str, expect: int | None = 0, **env: str) -> str:
+    """What a command printed, both streams; fails where it exits otherwise than expected."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENV | env, check=False)
+    output = done.stdout + done.stderr
+    assert expect is None or done.returncode == expect, (
+        f"{' '.join(map(str, command))} exited {done.returncode}:\n{output[-4000:]}"
+    )
+    return output
+
+
+def ran(output: str) -> list[str]:
+    """Stages that really ran in the output of `dvc repro`."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def change(folder: Path, path: str, value: Any) -> None:
+    """Set a key of the project's params.yaml."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    params = yaml.load((folder / "params.yaml").read_text())
+    *parents, key = path.split(".")
+    target = params
+    for parent in parents:
+        target = target[parent]
+    target[key] = value
+    with open(folder / "params.yaml", "w") as file:
+        yaml.dump(params, file)
+
+
+def lock(folder: Path) -> dict[str, Any]:
+    """The stages of dvc.lock."""
+    return YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
+
+
+# ---- in one process --------------------------------------------------------------------------------------------------
+
+
+class Inline:
+    """`Recorder` without the process beside the stage: what it is told goes to the same `Writer`."""
+
+    def __init__(self) -> None:
+        self.writer: recorder.Writer | None = None
+
+    def tell(self, **message: Any) -> None:
+        if "create" in message:
+            self.writer = recorder.Writer(message["create"], message["tags"], message["params"])
+        else:
+            self.writer.take(message)
+
+    def end(self, status: str) -> str | None:
+        if self.writer is None:
+            return None
+        self.writer.flush()
+        self.writer.client.set_terminated(self.writer.run_id, status)
+        return self.writer.run_id
+
+
+@contextmanager
+def inside(folder: Path, **env: str | None):
+    """The folder as working directory, with these environment variables (None: without), and `Inline` as recorder."""
+    before, here, arguments, original = dict(os.environ), Path.cwd(), sys.argv, frame.Recorder
+    os.environ.update({name: value for name, value in env.items() if value is not None})
+    for name, value in env.items():
+        if value is None:
+            os.environ.pop(name, None)
+    frame.Recorder = Inline
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(before)
+        sys.argv, frame.Recorder = arguments, original
+
+
+def command(words: list[str]) -> int:
+    """Run a stage script in this process; its exit status."""
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def by_hand(folder: Path, stage: str, *options: str, **env: str) -> int:
+    """A stage outside DVC, in this process, with an MLflow store of its own; its exit status."""
+    store = f"sqlite:///{folder}/by-hand.db"
+    with inside(folder, MLFLOW_TRACKING_URI=store, DVC_STAGE=None, DVC_ROOT=None, **env):
+        return command([f"stages/{stage}.py", *options])
+
+
+def reproduce(folder: Path, only: re.Pattern[str] | None = None) -> None:
+    """Every stage of the project in one process, in an order that DVC would run them in; `dvc commit` then locks all."""
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(folder)) as repo:
+        graph = repo.index.graph
+        stages = [(stage.addressing, stage.cmd) for stage in networkx.topological_sort(graph.reverse())]
+    for name, words in stages:
+        if only is None or only.fullmatch(name):
+            with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):
+                assert command(words.split()[2:]) == 0, name  # without PYTHONPATH=src python
+    if only is None:
+        run(folder, "dvc", "commit", "--force", "--quiet")
+
+
+if __name__ == "__main__":  # a process of its own: what one stage leaves behind in it is part of the test
+    reproduce(Path(sys.argv[1]))

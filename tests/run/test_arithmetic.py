@@ -1,0 +1,53 @@
+"""Fixed arithmetic: whatever the environment asks for is dropped. (That bytes follow is tested on stages, in test_pipeline.)"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_vs_dpo.run import arithmetic
+
+SHOW = """
+import os, sys
+from rlhf_vs_dpo.run import arithmetic
+arithmetic.fix()
+import numpy, torch
+from numpy._core._multiarray_umath import __cpu_features__
+print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), __cpu_features__.get("AVX512F"), os.environ.get("MKL_CBWR"), hash("a"))
+"""
+
+
+def shown(**env: str) -> list[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(arithmetic.FAMILIES) and k != "PYTHONHASHSEED"}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW], env=clean | path | env, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_threads_instructions_and_hashes_are_those_of_the_project_whatever_was_asked_for():
+    plain = shown()
+    assert plain[0] == "2" and plain[3] == "AVX2" and plain[2] != "True"
+    asked = {"OMP_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "1", "MKL_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default",
+             "MKL_CBWR": "COMPATIBLE", "PYTHONHASHSEED": "5"}  # fmt: skip
+    assert shown(**asked) == plain
+
+
+def test_native_leaves_all_as_it_is_and_says_so():
+    found = shown(RLHF_NATIVE="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="5")
+    assert found[0] == "1" and found[3] == "None"
+    assert shown(RLHF_NATIVE="0")[0] == "2"
+
+
+@pytest.mark.parametrize(("value", "native"), [("1", True), ("", False), ("0", False)])
+def test_its_name(monkeypatch, value, native):
+    monkeypatch.setenv("RLHF_NATIVE", value)
+    assert arithmetic.native() == native == arithmetic.name().startswith("native")
+
+
+def test_too_late_is_an_error(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with pytest.raises(RuntimeError, match="numpy, torch is loaded already"):
+        arithmetic.fix()

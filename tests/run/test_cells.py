@@ -1,0 +1,197 @@
+"""Cells side by side, on a toy graph: order, failures, Ctrl-C, kill -9, GPUs; and what a killed DVC leaves is set aside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from project import ENV, lock, run
+
+from rlhf_vs_dpo.errors import ParamsError
+from rlhf_vs_dpo.run import cells
+
+STAGE = """
+import os, sys, time
+from pathlib import Path
+from rlhf_vs_dpo.run import launch
+
+def main(out: Path, seconds: float, status: int = 0) -> None:
+    print("working on", out)
+    time.sleep(seconds)
+    if status:
+        sys.exit(f"{out} went wrong")
+    out.write_text(f"{out} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+
+if __name__ == "__main__":
+    launch.command(main)
+"""
+
+
+def toy(folder: Path, seconds: float = 0.3, failing: str | None = None) -> Path:
+    """start -> a, b, c, d -> end, each of which takes some seconds."""
+    folder.mkdir()
+    (folder / "stage.py").write_text(STAGE)
+    stages = {}
+    for name, deps in {"start": [], **dict.fromkeys("abcd", ["start"]), "end": list("abcd")}.items():
+        status = 3 if name == failing else 0
+        wait = 0.0 if name == failing else seconds
+        stages[name] = {
+            "cmd": f"{sys.executable} stage.py {name}.out {wait} --status {status}".removesuffix(" --status 0"),
+            "deps": ["stage.py", *(f"{dep}.out" for dep in deps)],
+            "outs": [f"{name}.out"],
+        }
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    run(folder, "dvc", "init", "--no-scm", "--quiet")
+    return folder
+
+
+def start(folder: Path, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf_vs_dpo.run.cells"], cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV | {"JOBS": "2"} | env,
+    )  # fmt: skip
+
+
+def all_of(folder: Path, **env: str) -> tuple[int, str]:
+    process = start(folder, **env)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def until(what, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(folder: Path) -> list[psutil.Process]:
+    """Processes that work in the folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_the_graph_in_waves_two_at_once_with_a_log_each(tmp_path):
+    folder = toy(tmp_path / "toy", seconds=1.0)
+    status, output = all_of(folder)
+    assert status == 0 and "5 cells, 2 at once" in output, output
+    lines = [line.split(maxsplit=2)[2] for line in output.splitlines() if "/5" in line]
+    assert lines[:2] == ["start starts", lines[1]] and lines[1].startswith("start done, ")
+    assert {lines[2], lines[3]} == {"a starts", "b starts"} and all(
+        any(l.startswith(f"{n} done") for l in lines) for n in "abcd"
+    )
+    assert "working on a.out" in (folder / "logs" / "a.log").read_text() and "Running stage 'end'" in output
+    assert "Everything is up to date" in all_of(folder)[1]
+    (folder / "c.out").unlink()
+    (folder / "d.out").unlink()
+    output = all_of(folder)[1]
+    assert "c brought back from the cache" in output and "a starts" not in output
+
+
+def test_a_failure_starts_nothing_new_finishes_what_runs_and_is_shown_last(tmp_path):
+    folder = toy(tmp_path / "toy", seconds=4.0, failing="a")
+    status, output = all_of(folder)
+    assert status not in (0, None)
+    assert "a FAILED" in output and "b done" in output and "c starts" not in output and "d starts" not in output
+    assert (
+        output.rindex("The end of logs/a.log") > output.rindex("b done")
+        and "a.out went wrong" in output.split("The end of")[1]
+    )
+    toy_again = json.loads((folder / "dvc.yaml").read_text())
+    toy_again["stages"]["a"]["cmd"] = toy_again["stages"]["a"]["cmd"].removesuffix(" --status 3")
+    (folder / "dvc.yaml").write_text(json.dumps(toy_again))
+    status, output = all_of(folder)
+    assert status == 0 and "b starts" not in output and (folder / "end.out").exists()
+
+
+@pytest.mark.parametrize("victim", ["Ctrl-C", "main", "make", "dvc", "stage"])
+def test_nothing_runs_on_and_nothing_is_lost_when_something_is_killed(tmp_path, victim):
+    folder = toy(tmp_path / "toy", seconds=5.0)
+    for name in ("start", "b"):
+        (folder / "dvc.yaml").write_text(
+            (folder / "dvc.yaml").read_text().replace(f"{name}.out 5.0", f"{name}.out 0.1")
+        )
+    (folder / "Makefile").write_text(f"repro:\n\t@{sys.executable} -m rlhf_vs_dpo.run.cells\n")
+    process = subprocess.Popen(
+        ["make"] if victim == "make" else [sys.executable, "-m", "rlhf_vs_dpo.run.cells"], cwd=folder, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV | {"JOBS": "2"},
+    )  # fmt: skip
+    until(lambda: (folder / "logs" / "a.log").exists() and "working on" in (folder / "logs" / "a.log").read_text())
+
+    def of(words: str) -> int:
+        return next(
+            p.pid
+            for p in alive(folder)
+            if words in " ".join(p.cmdline()) and "rlhf_vs_dpo.run.cells" not in " ".join(p.cmdline())
+        )
+
+    match victim:
+        case "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        case "main" | "make":
+            os.kill(process.pid, signal.SIGKILL)
+        case "dvc":
+            os.kill(of("--single-item a"), signal.SIGKILL)
+        case "stage":
+            os.kill(of("stage.py a.out"), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    until(lambda: not alive(folder), 20)
+    assert not (folder / "a.out").exists() and not (folder / "end.out").exists()
+    status, output = all_of(folder)
+    assert status == 0 and (folder / "end.out").exists(), output
+    assert "start starts" not in output
+
+
+def test_with_several_gpus_each_cell_has_one(tmp_path):
+    folder = toy(tmp_path / "toy")
+    assert all_of(folder, CUDA_VISIBLE_DEVICES="4,5")[0] == 0
+    seen = {name: (folder / f"{name}.out").read_text().split()[1] for name in ("start", *"abcd")}
+    assert {seen[name] for name in "abcd"} == {"4", "5"} and seen["start"] == "4,5"
+    other = toy(tmp_path / "other")
+    assert all_of(other, CUDA_VISIBLE_DEVICES="4,5", RLHF_PROCESSES="2")[0] == 0
+    assert {(other / f"{name}.out").read_text().split()[1] for name in "abcd"} == {"4,5"}
+
+
+def test_how_many_at_once(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(cells, "gpus", lambda: [])
+    monkeypatch.setenv("JOBS", "7")
+    assert cells.how_many() == 7
+    for wrong in ("0", "two", "-1"):
+        monkeypatch.setenv("JOBS", wrong)
+        with pytest.raises(ParamsError, match="JOBS"):
+            cells.how_many()
+    monkeypatch.delenv("JOBS")
+    assert 1 <= cells.how_many() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(cells, "gpus", lambda: ["0", "1", "2"])
+    assert cells.how_many() == 3
+
+
+def test_gpus_are_those_that_may_be_seen(monkeypatch):
+    for given, expected in (("4,5", ["4", "5"]), ("", []), ("-1", []), ("GPU-8f3a, 1", ["GPU-8f3a", "1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert cells.gpus() == expected
+
+
+def test_what_was_cut_off_is_set_aside(tmp_path):
+    folder = toy(tmp_path / "toy")
+    assert all_of(folder)[0] == 0
+    before = lock(folder)
+    text = (folder / "dvc.lock").read_text()
+    (folder / "dvc.lock").write_text(text[: len(text) // 2] + "\n  - {")
+    (folder / ".dvc" / "tmp" / "rwlock").write_text('{"write": {')
+    status, output = all_of(folder)
+    assert status == 0 and "dvc.lock.damaged" in output and "brought back from the cache" in output
+    assert lock(folder) == before

@@ -1,0 +1,142 @@
+"""The MLflow store: made whole or not at all, by many at once; a damaged one is named, with what to do."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.run import recorder, store
+from rlhf_vs_dpo.run.frame import Run
+from rlhf_vs_dpo.run.recorder import Recorder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    return tmp_path
+
+
+def runs(folder, name=store.STAGES):
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    return client.search_runs([client.get_experiment_by_name(name).experiment_id])
+
+
+def test_a_recorder_tells_mlflow_all_that_a_stage_says(here):
+    (here / "note.txt").write_text("x")
+    teller = Recorder()
+    teller.tell(
+        create="rl@x-0", tags={"policy": "x-0", "family": "rl", "seed": "0"}, params={"rl": {"x": {"beta": 0.1}}}
+    )
+    run = Run({}, teller)
+    for step in range(30):
+        run.log({"loss": 1.0 / (step + 1), "broken": float("nan")}, step)
+    run.warn("negative_kl", "a KL below 0")
+    run.artifact(here / "note.txt")
+    run.finish({"nested": {"value": 2.0}, "loss": 9.0}, here / "m.json", 30)
+    run_id = teller.end("FINISHED")
+    (row,) = runs(here, store.EXPERIMENT)
+    assert row.info.run_id == run_id and row.info.status == "FINISHED" and row.info.run_name == "x-0"
+    assert row.data.params == {"rl.x.beta": "0.1"} and row.data.tags["warning.negative_kl"] == "a KL below 0"
+    client = MlflowClient(tracking_uri=f"sqlite:///{here}/mlflow.db")
+    history = client.get_metric_history(run_id, "loss")
+    assert [p.step for p in history] == list(range(30))  # what a step logged is not said again at the end
+    assert row.data.metrics["nested/value"] == 2.0 and "broken" not in row.data.metrics
+    assert [a.path for a in client.list_artifacts(run_id)] == ["note.txt"]
+    assert json.loads((here / "m.json").read_text()) == {"nested": {"value": 2.0}, "loss": 9.0}
+
+
+def test_the_run_of_a_stage_that_is_killed_says_so(here):
+    script = "import time; from rlhf_vs_dpo.run.recorder import Recorder; r = Recorder(); r.tell(create='x', tags={}, params={}); r.tell(metrics={'a': 1.0}, step=3); time.sleep(99)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    end = time.monotonic() + 60
+    while not ((here / "mlflow.db").exists() and runs(here)):
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    while runs(here)[0].info.status == "RUNNING":
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert runs(here)[0].info.status == "FAILED" and runs(here)[0].data.metrics["a"] == 1.0
+
+
+def test_four_first_starts_at_once_make_one_store(here):
+    tellers = [Recorder() for _ in range(4)]
+    for number, teller in enumerate(tellers):
+        teller.tell(create=f"stage-{number}", tags={}, params={})
+    assert len({teller.end("FINISHED") for teller in tellers}) == 4
+    assert {row.info.run_name for row in runs(here)} == {f"stage-{n}" for n in range(4)}
+
+
+def test_a_store_is_made_aside(here):
+    """Killed while MLflow makes its tables: nothing by the store's name, and the next start makes it anew."""
+    store._make()
+    (here / "mlflow.db").rename(here / ".mlflow.db.1.tmp")  # what a process that was killed would leave
+    with sqlite3.connect(here / ".mlflow.db.1.tmp") as half:
+        half.execute("CREATE TABLE _alembic_tmp_endpoints (x)")
+        half.execute("UPDATE alembic_version SET version_num = 'nonsense'")
+    assert store.experiment(store.STAGES) and (here / "mlflow.db").exists()
+    assert not list(here.glob(".mlflow.db*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["half", "noise", "a table too many"])
+def test_a_damaged_store_is_named_with_the_command_that_sets_it_aside(here, damage):
+    store.experiment(store.STAGES)
+    file = here / "mlflow.db"
+    if damage == "noise":
+        file.write_bytes(os.urandom(5000))
+    elif damage == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    else:
+        with sqlite3.connect(file) as database:
+            database.execute("CREATE TABLE _alembic_tmp_endpoints (x)")
+            database.execute("DROP TABLE experiments")
+    teller = Recorder()  # a process of its own: MLflow keeps what it has opened
+    teller.tell(create="x", tags={}, params={})
+    with pytest.raises(DataError, match=r"cannot open its store") as error:
+        teller.end("FINISHED")
+    assert f"mv {file} {file}.damaged" in str(error.value) and len(str(error.value)) < 1000
+    file.rename(f"{file}.damaged")
+    again = Recorder()
+    again.tell(create="x", tags={}, params={})
+    assert again.end("FINISHED")
+
+
+def test_a_deleted_experiment_is_named(here):
+    client = store.client
+    identifier = store.experiment(store.STAGES)
+    client().delete_experiment(identifier)
+    with pytest.raises(DataError, match=rf"has been deleted: `mlflow experiments restore -x {identifier}`"):
+        store.experiment(store.STAGES)
+
+
+def test_a_server_that_is_not_there_is_named(here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(DataError, match="MLflow at http://127.0.0.1:9 cannot be used"):
+        store.experiment(store.STAGES)
+
+
+def test_what_dvc_lock_does_not_know_yet_is_looked_for_again(here, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "x@0")
+    whole = {"stages": {"x": {"outs": [{"path": "a", "md5": "1"}, {"path": "b", "md5": "2"}]}}}
+    halves = ["stages: {", json.dumps({"stages": {"x": {"outs": whole["stages"]["x"]["outs"][:1]}}}), json.dumps(whole)]
+
+    def write_next(_):
+        (here / "dvc.lock").write_text(halves.pop(0))
+
+    write_next(None)
+    monkeypatch.setattr(recorder.time, "sleep", write_next)
+    assert recorder.hashes(["a", "b"]) == {"a": "1", "b": "2"}
