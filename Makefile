@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: repro test test-real test-browser install ui profile check lint
+.PHONY: repro test test-slow test-real test-browser install ui profile check lint
 
 repro: install check
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
@@ -29,8 +29,13 @@ repro: install check
 	@echo "  make ui                          all runs in MLflow"
 	@echo "  source $(VENV)/bin/activate      then change a number in params.yaml and type: dvc repro"
 
+# Files of tests side by side, as many as there are cores.
 test: $(VENV)/.tested
-	pytest -m "not real and not gpu and not slow"
+	pytest -n auto --dist loadfile -m "not real and not gpu and not slow"
+
+# Reruns under load, kill -9 at random times, one core against two, a sweep: about an hour on two cores.
+test-slow: $(VENV)/.tested
+	pytest -m slow
 
 # The report and MLflow's pages in Chromium. RLHF_RUN=. looks at the run of this folder, RLHF_SHOTS=<folder> keeps pictures.
 test-browser: $(VENV)/.tested

@@ -440,6 +440,43 @@ def test_a_stage_gives_the_same_bytes_twice(smoke):
     run(folder, "dvc", "repro", "report")
 
 
+ASKED = {
+    "one thread": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "PYTHONHASHSEED": "9"},
+    "other instructions": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Nehalem"},
+}
+
+
+def test_what_the_environment_asks_for_moves_no_byte(smoke):
+    """Other threads, other instruction sets, one visible core; and with RLHF_NATIVE, which lets them through, the bytes differ."""
+
+    def weights(name: str, *before: str, **env: str) -> bytes:
+        options = preference("dpo", "data/reference-0.parquet", f"by-hand/{name}")
+        store = f"sqlite:///{smoke}/by-hand.db"
+        run(
+            smoke,
+            *before,
+            sys.executable,
+            "stages/preference.py",
+            *options,
+            PYTHONPATH="src",
+            MLFLOW_TRACKING_URI=store,
+            **env,
+        )
+        return (smoke / "by-hand" / name / "model" / "model.safetensors").read_bytes()
+
+    made = (smoke / "models" / "dpo-0" / "model.safetensors").read_bytes()
+    assert weights("threads", **ASKED["one thread"]) == made
+    assert (
+        weights(
+            "instructions", *(["taskset", "-c", "0"] if shutil.which("taskset") else []), **ASKED["other instructions"]
+        )
+        == made
+    )
+    native = [weights(f"native-{i}", RLHF_NATIVE="1", **asked) for i, asked in enumerate(ASKED.values())]
+    assert len({made, *native}) == 3
+    assert json.loads((smoke / "by-hand" / "native-0" / "r.json").read_text())["arithmetic"].startswith("native")
+
+
 def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke):
     folder = smoke
     change(folder, "preference.dpo.beta", 0.2)

@@ -1,7 +1,7 @@
 """The report and MLflow's pages in a real browser: `make test-browser`, with Chromium and its driver installed.
 
 The report is that of synthetic results, and of the run in RLHF_RUN (a folder in which `dvc repro` has finished) where that is
-set; MLflow's pages are of that run, or of what `tracking` writes for the synthetic one.
+set; MLflow's pages are of that run, or of what `publish` writes for the synthetic one.
 """
 
 import os
@@ -178,25 +178,26 @@ import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import synthetic
 from pathlib import Path
-from rlhf_vs_dpo.run import tracking
-from rlhf_vs_dpo.evaluation import tables
+from rlhf_vs_dpo.run import frame, publish
+from rlhf_vs_dpo.evaluation import views
 inputs, found = synthetic.inputs(seeds=(0, 1)), synthetic.found(seeds=(0, 1))
-folders = sorted({entry["folder"] for entry in tables.for_tracking(found, inputs)} - {"best_of_4"})
+folders = sorted({entry["folder"] for entry in views.for_tracking(found, inputs)} - {"best_of_4-0", "best_of_4-1"})
 outs = "".join(f"  x@{f}:\\n    outs:\\n    - path: models/{f}\\n      md5: {i:032d}.dir\\n" for i, f in enumerate(folders))
 Path("dvc.lock").write_text("stages:\\n" + outs)
 Path("params.yaml").write_text((Path(sys.argv[2]).parent / "params.yaml").read_text())
-entries = {entry["folder"]: entry for entry in tables.for_tracking(found, inputs)}  # one of a policy with two prompts
-for entry in [*entries.values(), {"folder": "pool", "method": "pool", "family": None}]:
-    tags = {"method": entry["method"], "family": entry["family"], "policy": entry["folder"], "seed": "0"} if entry["family"] else {}
+entries = {entry["folder"]: entry for entry in views.for_tracking(found, inputs)}  # one of a policy with two prompts
+pools = [{"folder": f"pool-{seed}", "method": "pool", "family": None} for seed in (0, 1)]
+for entry in [*entries.values(), *pools]:
+    tags = {"method": entry["method"], "family": entry["family"], "policy": entry["folder"], "seed": str(entry["seed"])} if entry["family"] else {}
     if entry["family"] != "best_of_n":
-        with tracking.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
+        with frame.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
             for step in range(20):
                 run.log({"loss": 1 / (step + 1), "rollout/score": float(step)}, step)
-tracking.publish(tables.for_tracking(found, inputs), "gold", print)
+publish.publish(views.for_tracking(found, inputs), "gold", print)
 """
     environment = {**os.environ, "DVC_ROOT": str(folder)}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     subprocess.run(
         [sys.executable, "-c", script, tests.parent / "src", tests],
         cwd=folder,
@@ -217,7 +218,7 @@ def mlflow_ui(tmp_path_factory):
     port = free_port()
     store = f"sqlite:///{folder}/mlflow.db"
     told = subprocess.run(
-        [sys.executable, "-m", "rlhf_vs_dpo.run.tracking"], cwd=folder, capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "rlhf_vs_dpo.run.store"], cwd=folder, capture_output=True, text=True, check=True,
         env=os.environ | {"MLFLOW_TRACKING_URI": store, "DVC_ROOT": str(folder)},
     ).stdout.strip()  # fmt: skip
     server = subprocess.Popen(
@@ -298,7 +299,7 @@ def test_policies_are_registered_and_the_best_has_an_alias(mlflow_ui):
     folder, _ = mlflow_ui
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     versions = client.search_model_versions("name = 'rlhf-vs-dpo-policy'")
-    trained = {name for name in policies_of(folder) if not re.match(r"best_of_\d+$", name)}
+    trained = {name for name in policies_of(folder) if not re.match(r"best_of_\d+-\d+$", name)}
     assert {version.tags["policy"] for version in versions} == trained and trained
     best = client.get_model_version_by_alias("rlhf-vs-dpo-policy", "best")
     assert best.tags["dvc.path"].startswith("models/") and best.tags["dvc.md5"]

@@ -37,7 +37,7 @@ def toy(folder: Path, seconds: float = 0.3, failing: str | None = None) -> Path:
     folder.mkdir()
     (folder / "stage.py").write_text(STAGE)
     stages = {}
-    for name, deps in {"start": [], **dict.fromkeys("abcd", ["start"]), "end": list("abcd")}.items():
+    for name, deps in {"start": [], **{name: ["start"] for name in "abcd"}, "end": list("abcd")}.items():
         status = 3 if name == failing else 0
         wait = 0.0 if name == failing else seconds
         stages[name] = {
@@ -89,7 +89,7 @@ def test_the_graph_in_waves_two_at_once_with_a_log_each(tmp_path):
     lines = [line.split(maxsplit=2)[2] for line in output.splitlines() if "/5" in line]
     assert lines[:2] == ["start starts", lines[1]] and lines[1].startswith("start done, ")
     assert {lines[2], lines[3]} == {"a starts", "b starts"} and all(
-        any(l.startswith(f"{n} done") for l in lines) for n in "abcd"
+        any(line.startswith(f"{n} done") for line in lines) for n in "abcd"
     )
     assert "working on a.out" in (folder / "logs" / "a.log").read_text() and "Running stage 'end'" in output
     assert "Everything is up to date" in all_of(folder)[1]

@@ -125,7 +125,7 @@ def test_a_deleted_experiment_is_named(here):
 def test_a_server_that_is_not_there_is_named(here, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(DataError, match="MLflow at http://127.0.0.1:9 cannot be used"):
+    with pytest.raises(DataError, match=r"MLflow at http://127\.0\.0\.1:9 cannot be used"):
         store.experiment(store.STAGES)
 
 
