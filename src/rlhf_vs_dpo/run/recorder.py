@@ -35,7 +35,6 @@ class Recorder:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlhf_vs_dpo.run.recorder"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
         self.run_id: str | None = None
         self.failure: str | None = None
@@ -74,7 +73,7 @@ class Recorder:
         try:
             self.tell(end=status)
             self.process.stdin.close()
-        except (DataError, OSError):
+        except (DataError, OSError, ValueError):  # ValueError: it has been ended before
             if status != "FAILED":
                 raise
         self.ended.wait()
