@@ -13,8 +13,9 @@ import os, sys
 from rlhf_vs_dpo.run import arithmetic
 arithmetic.fix()
 import numpy, torch
-from numpy._core._multiarray_umath import __cpu_features__
-print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), __cpu_features__.get("AVX512F"), os.environ.get("MKL_CBWR"), hash("a"))
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+wide = [n for n in __cpu_dispatch__ if __cpu_features__[n] and (n.startswith("AVX512") or n == "X86_V4")]
+print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), len(wide), os.environ.get("MKL_CBWR"), hash("a"))
 """
 
 
@@ -29,7 +30,7 @@ def shown(**env: str) -> list[str]:
 
 def test_threads_instructions_and_hashes_are_those_of_the_project_whatever_was_asked_for():
     plain = shown()
-    assert plain[0] == "2" and plain[3] == "AVX2" and plain[2] != "True"
+    assert plain[0] == "2" and plain[3] == "AVX2" and plain[2] == "0"
     asked = {"OMP_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "1", "MKL_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default",
              "MKL_CBWR": "COMPATIBLE", "PYTHONHASHSEED": "5"}  # fmt: skip
     assert shown(**asked) == plain

@@ -124,7 +124,7 @@ class ByRewardModel:
             ]
             return np.array(forward.scores(self.own, examples, what))
         pairs = list(zip(prompts, responses, strict=True))
-        distinct = sorted(set(pairs), key=lambda pair: len(pair[0]) + len(pair[1]))
+        distinct = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[0]) + len(pair[1]))
         found: dict[tuple[str, str], float] = {}
         with bar(len(distinct), what, "text") as progress, torch.inference_mode():
             for start in range(0, len(distinct), self.batch):
