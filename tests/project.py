@@ -135,19 +135,23 @@ def by_hand(folder: Path, stage: str, *options: str, **env: str) -> int:
 
 
 def reproduce(folder: Path, only: re.Pattern[str] | None = None) -> None:
-    """Every stage of the project in one process, in an order that DVC would run them in; `dvc commit` then locks all."""
+    """Every stage of the project in one process, in an order that DVC would run them in; `dvc commit` locks each.
+
+    only    stages to run; they are then not locked
+    """
     import networkx
     from dvc.repo import Repo
 
     with Repo(str(folder)) as repo:
         graph = repo.index.graph
-        stages = [(stage.addressing, stage.cmd) for stage in networkx.topological_sort(graph.reverse())]
+        stages = [(stage.name, stage.cmd) for stage in networkx.topological_sort(graph.reverse())]
     for name, words in stages:
         if only is None or only.fullmatch(name):
             with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):
                 assert command(words.split()[2:]) == 0, name  # without PYTHONPATH=src python
-    if only is None:
-        run(folder, "dvc", "commit", "--force", "--quiet")
+                if only is None:
+                    with Repo() as repo:
+                        repo.commit(name, force=True)
 
 
 if __name__ == "__main__":  # a process of its own: what one stage leaves behind in it is part of the test

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from project import by_hand, change, copy_project, lock, ran, reproduce, run
+from ruamel.yaml import YAML
 
 from rlhf_vs_dpo import config, tables
 from rlhf_vs_dpo.evaluation.measure import METRICS
@@ -212,7 +213,7 @@ def test_the_annotator_prefers_what_is_worth_more(smoke):
     assert metrics["annotator_agrees_with_gold"] > 0.5 and metrics["annotator_mean_p_chosen"] > 0.5
 
 
-def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
+def test_reward_and_preference_learn_from_chosen_to_rejected(smoke, monkeypatch):
     """Pairs in which every chosen response is one sentence and every rejected another: both stages must see which is which."""
     folder = smoke
     out = folder / "by-hand" / "planted"
@@ -221,9 +222,9 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
         chosen="i feel happy .", rejected="to be honest , we had a fight ."
     )
     pairs.to_parquet(out / "pairs.parquet", index=False)
-    before = (folder / "params.yaml").read_text()
-    change(folder, "reward.training.steps", 30)
-    change(folder, "reward.training.learning_rate", 0.01)
+    monkeypatch.setattr(config, "read_params", lambda: planted)
+    planted = YAML(typ="safe").load((folder / "params.yaml").read_text())
+    planted["reward"]["training"] |= {"steps": 30, "learning_rate": 0.01}
 
     def ends(name: str) -> str:
         return f"--out={out}/{name} --metrics={out}/{name}.json --curves={out}/{name}.csv --run={out}/{name}-run.json"
@@ -235,7 +236,6 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke):
     simpo = f"--method=simpo --seed=0 --reference=none {tables} --heldout={out}/h.parquet --pair-rewards={out}/p.parquet {ends('simpo')}"
     assert by_hand(folder, "reward", "--seed=0", *reward.split()) == 0
     assert by_hand(folder, "preference", *simpo.split()) == 0
-    (folder / "params.yaml").write_text(before)
     assert json.loads((out / "reward.json").read_text())["accuracy"] > 0.95
     curve = pd.read_csv(out / "simpo.csv")
     assert (curve["pairs/chosen_tokens"] == 5).all() and (curve["pairs/rejected_tokens"] == 10).all()
@@ -477,8 +477,9 @@ def test_what_the_environment_asks_for_moves_no_byte(smoke):
     assert json.loads((smoke / "by-hand" / "native-0" / "r.json").read_text())["arithmetic"].startswith("native")
 
 
-def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke):
+def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke, request):
     folder = smoke
+    request.addfinalizer(lambda: change(folder, "preference.dpo.beta", 0.1))
     change(folder, "preference.dpo.beta", 0.2)
     assert ran(run(folder, "dvc", "repro")) == ["preference@dpo-0", "sample_preference@dpo-0", *TAIL]
     change(folder, "preference.dpo.beta", 0.1)
@@ -553,9 +554,10 @@ def test_two_processes_train_the_same_policy(smoke):
 
 
 @pytest.mark.parametrize("method", ["ppo_ptx", "trpo", "rloo"])
-def test_two_processes_reinforce_the_same_policy(smoke, method):
+def test_two_processes_reinforce_the_same_policy(smoke, method, request):
     """With two minibatches: episodes, groups, whitening, minibatches, Fisher products and line search are global."""
     before = (smoke / "params.yaml").read_text()
+    request.addfinalizer(lambda: (smoke / "params.yaml").write_text(before))
     change(smoke, "rl.defaults.minibatches", 2)
 
     def options(out: str) -> list[str]:
@@ -567,7 +569,6 @@ def test_two_processes_reinforce_the_same_policy(smoke, method):
 
     assert by_hand(smoke, "rl", *options(f"by-hand/{method}-1")) == 0
     two_processes(smoke, "rl", options(f"by-hand/{method}-2"))
-    (smoke / "params.yaml").write_text(before)
     same_policy(smoke, f"{method}-1", f"{method}-2")
 
 

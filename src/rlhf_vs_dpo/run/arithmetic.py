@@ -20,6 +20,7 @@ import platform
 import sys
 
 THREADS = 2
+MARK = "RLHF_ARITHMETIC"  # in the environment of a process that was started with fixed arithmetic
 # Whatever the environment asks of these libraries is dropped: a limit of threads or a schedule would move bits, too.
 FAMILIES = ("ATEN_", "ARROW_USER_SIMD", "BLIS_", "DNNL_", "GLIBC_TUNABLES", "GOMP_", "GOTO_", "KMP_", "MKL_", "NPY_",
             "OMP_", "ONEDNN_", "OPENBLAS_")  # fmt: skip
@@ -52,7 +53,7 @@ def fixed_environment(environment: dict[str, str]) -> dict[str, str]:
     """`environment` with the arithmetic fixed, whatever it asked for."""
     kept = {name: value for name, value in environment.items() if not name.startswith(FAMILIES)}
     instructions = FIXED_INSTRUCTIONS if platform.machine().lower() in ("x86_64", "amd64") else {}
-    return kept | FIXED_THREADS | instructions
+    return kept | FIXED_THREADS | instructions | {MARK: "fixed"}
 
 
 def fix() -> None:
@@ -61,7 +62,9 @@ def fix() -> None:
     Call it before anything imports torch or numpy. Raises RuntimeError where that has happened, for it would change nothing.
     """
     wanted = fixed_environment(dict(os.environ))
-    if native() or wanted == dict(os.environ):
+    # Libraries that are loaded set variables of these families, too: what counts is that they started from the fixed ones.
+    changed = any(os.environ.get(name) != value for name, value in fixed_environment({}).items())
+    if native() or not changed:
         return
     if loaded := {"numpy", "torch"} & sys.modules.keys():
         raise RuntimeError(f"{', '.join(sorted(loaded))} is loaded already: its arithmetic can no longer be fixed")
