@@ -21,7 +21,7 @@ from pathlib import Path
 from rlhf_vs_dpo.run import launch
 
 def main(out: Path, seconds: float, status: int = 0) -> None:
-    print("working on", out)
+    print("working on", out, flush=True)
     time.sleep(seconds)
     if status:
         sys.exit(f"{out} went wrong")
@@ -117,10 +117,10 @@ def test_a_failure_starts_nothing_new_finishes_what_runs_and_is_shown_last(tmp_p
 
 @pytest.mark.parametrize("victim", ["Ctrl-C", "main", "make", "dvc", "stage"])
 def test_nothing_runs_on_and_nothing_is_lost_when_something_is_killed(tmp_path, victim):
-    folder = toy(tmp_path / "toy", seconds=5.0)
+    folder = toy(tmp_path / "toy", seconds=4.0)
     for name in ("start", "b"):
         (folder / "dvc.yaml").write_text(
-            (folder / "dvc.yaml").read_text().replace(f"{name}.out 5.0", f"{name}.out 0.1")
+            (folder / "dvc.yaml").read_text().replace(f"{name}.out 4.0", f"{name}.out 0.1")
         )
     (folder / "Makefile").write_text(f"repro:\n\t@{sys.executable} -m rlhf_vs_dpo.run.cells\n")
     process = subprocess.Popen(
