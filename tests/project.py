@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from conftest import ROOT
 from ruamel.yaml import YAML
 
@@ -73,6 +74,18 @@ def change(folder: Path, path: str, value: Any) -> None:
 def lock(folder: Path) -> dict[str, Any]:
     """The stages of dvc.lock."""
     return YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]
+
+
+def alive(folder: Path) -> list[psutil.Process]:
+    """Processes that work in the folder, zombies apart."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 # ---- in one process --------------------------------------------------------------------------------------------------

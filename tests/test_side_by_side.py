@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from project import ENV, change, copy_project, inside, lock, ran, run
+from project import ENV, alive, change, copy_project, inside, lock, ran, run
 
 from rlhf_vs_dpo.run import cells
 
@@ -100,20 +101,8 @@ def test_fifty_reruns_of_a_training_stage_under_changing_load_give_one_hash(made
 @pytest.mark.slow
 def test_whatever_is_killed_the_next_run_ends_with_the_same_bytes(made, tmp_path):
     """SIGINT to all, SIGKILL to make, to a DVC, to a stage, after random times from the first second on; then to the end."""
-    import psutil
-
     folder = small(tmp_path / "killed")
     rng = random.Random(int(os.environ.get("RLHF_TEST_SEED", 0)))
-
-    def living() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
 
     for number, victim in enumerate(["make", "Ctrl-C", "dvc", "stage"] * 3):
         process = subprocess.Popen(
@@ -127,7 +116,7 @@ def test_whatever_is_killed_the_next_run_ends_with_the_same_bytes(made, tmp_path
         elif words is None:
             process.kill()
         else:
-            for one in living():
+            for one in alive(folder):
                 try:
                     if words in " ".join(one.cmdline()):
                         one.kill()
@@ -139,8 +128,8 @@ def test_whatever_is_killed_the_next_run_ends_with_the_same_bytes(made, tmp_path
         else:
             process.wait(120)
         end = time.monotonic() + 30
-        while living():
-            assert time.monotonic() < end, [p.cmdline() for p in living()]
+        while alive(folder):
+            assert time.monotonic() < end, [p.cmdline() for p in alive(folder)]
             time.sleep(0.2)
     side_by_side(folder, JOBS="2")
     assert bytes_of(folder) == bytes_of(made)

@@ -8,9 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from project import ENV, lock, run
+from project import ENV, alive, lock, run
 
 from rlhf_vs_dpo.errors import ParamsError
 from rlhf_vs_dpo.run import cells
@@ -68,18 +67,6 @@ def until(what, seconds: float = 60.0) -> None:
     while not what():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
-
-
-def alive(folder: Path) -> list[psutil.Process]:
-    """Processes that work in the folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def test_the_graph_in_waves_two_at_once_with_a_log_each(tmp_path):
