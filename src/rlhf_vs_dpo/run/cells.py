@@ -32,11 +32,11 @@ def main() -> int:
     end_with_parent()
     repair()
     jobs, devices = how_many(), gpus()
+    waiting = waves()  # before anything is removed: it refuses where another run is at work
     FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FIRST_FAILURE.unlink(missing_ok=True)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir()
-    waiting = waves()
     rest: list[str] = []
     while waiting and len(waiting[-1]) == 1:  # the tail: one stage after another, before one's eyes
         rest = waiting.pop() + rest
@@ -229,3 +229,6 @@ if __name__ == "__main__":
         sys.exit(one(sys.argv[1]) if len(sys.argv) > 1 else main())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # while it looks at the graph, or in the tail
+        print("\ninterrupted; `make repro` goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -18,7 +18,7 @@ REGISTERED = "rlhf-vs-dpo-policy"  # the registered model whose versions are pol
 def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None]) -> None:
     """Put what was measured of each policy onto the MLflow run that made it, and register the policy.
 
-    Entries are those of `evaluation.tables.for_tracking`. A run that is not in this store (weights pulled from a
+    Entries are those of `evaluation.views.for_tracking`. A run that is not in this store (weights pulled from a
     colleague) is only mentioned. Every policy is a version of the registered model REGISTERED, an external one, for its
     weights stay in DVC; the alias `best` is the one that is best on validation prompts. The UI gets a view of all runs,
     ordered by `judge`.
