@@ -61,7 +61,7 @@ def main(
             r"\$\{item\.(\w+)\}", lambda m, method=method: {"seed": seed, "method": method}[m[1]], stage["cmd"]
         )
         address = name + (f"@{method}-{seed}" if method else f"@{seed}" if "matrix" in stage else "")
-        commands[name] = (words.split()[2:], address)
+        commands[name] = (words.partition("python ")[2].split(), address)
     times: dict[str, list[float]] = {name: [] for name in ["import torch", *commands]}
     for number in range(rounds):
         times["import torch"].append(seconds([sys.executable, "-c", "import torch"], folder, 0))

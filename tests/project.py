@@ -161,7 +161,7 @@ def reproduce(folder: Path, only: re.Pattern[str] | None = None) -> None:
     for name, words in stages:
         if only is None or only.fullmatch(name):
             with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):
-                assert command(words.split()[2:]) == 0, name  # without PYTHONPATH=src python
+                assert command(words.partition("python ")[2].split()) == 0, name
                 if only is None:
                     with Repo() as repo:
                         repo.commit(name, force=True)

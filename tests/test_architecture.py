@@ -131,7 +131,7 @@ def test_methods_do_not_disturb_each_other(path, stages):
 def test_commands_hold_paths_and_no_hyper_parameters(name):
     stage = dvc_yaml()[name]
     assert stage["desc"]
-    words = stage["cmd"].replace("PYTHONPATH=src python ", "").split()[1:]
+    words = stage["cmd"].replace("PYTHONPATH=src exec python ", "").split()[1:]
     for option, value in zip(words[::2], words[1::2], strict=True):
         assert option.startswith("--")
         assert (

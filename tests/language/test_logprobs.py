@@ -6,8 +6,9 @@ from conftest import small_model
 
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language.forward import log_likelihoods
-from rlhf_vs_dpo.language.heads import Scorer, last
-from rlhf_vs_dpo.language.logprobs import Policy, before, check_projection
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.logprobs import Policy, check_projection
+from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Tokens, collate
 
 
@@ -30,12 +31,11 @@ def test_against_brute_force(model, examples, temperature):
     assert max(expected) - min(expected) > 5  # the model is no uniform distribution
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_side_and_batch_order_change_nothing(model, examples, tokenizer, side):
+def test_padding_and_batch_order_change_nothing(model, examples, tokenizer):
     policy = Policy(model, 1.0)
     with torch.no_grad():
         alone = [policy(collate([example], tokenizer.pad_token_id)).sums().item() for example in examples]
-        together = policy(collate(examples[::-1], tokenizer.pad_token_id, side)).sums().tolist()[::-1]
+        together = policy(collate(examples[::-1], tokenizer.pad_token_id)).sums().tolist()[::-1]
     assert together == pytest.approx(alone, abs=1e-4)
 
 
@@ -76,17 +76,6 @@ def test_gradient_at_padding_and_prompt_positions_is_zero(tokenizer, examples):
     assert torch.allclose(gradient([short]), gradient([short, long]), atol=1e-5)
 
 
-def test_before_shifts_left():
-    mask = torch.tensor([[False, False, True, True, False]])
-    assert before(mask).tolist() == [[False, True, True, False, False]]
-
-
-def test_last():
-    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    mask = torch.tensor([[False, True, False], [True, True, True]])
-    assert last(values, mask).tolist() == [2.0, 6.0]
-
-
 def test_a_model_with_scaled_logits_is_refused(model, examples, tokenizer):
     batch = collate(examples[:2], tokenizer.pad_token_id)
     check_projection(Policy(model, 1.0), batch)
@@ -118,12 +107,11 @@ def test_scores_do_not_depend_on_padding(tokenizer, examples):
     scorer = Scorer(LlamaForSequenceClassification(config).eval())
     with torch.no_grad():
         alone = [
-            last(scorer(batch := collate([example], tokenizer.pad_token_id)), batch.response_mask).item()
+            scorer(batch := collate([example], tokenizer.pad_token_id), last(batch.response_mask)).item()
             for example in examples
         ]
-        for side in ("left", "right"):
-            batch = collate(examples, tokenizer.pad_token_id, side)
-            assert last(scorer(batch), batch.response_mask).tolist() == pytest.approx(alone, abs=1e-5)
+        batch = collate(examples, tokenizer.pad_token_id)
+        assert scorer(batch, last(batch.response_mask)).tolist() == pytest.approx(alone, abs=1e-5)
         hidden = scorer.model.base_model(
             torch.tensor([[*examples[0].prompt, *examples[0].response]])
         ).last_hidden_state[0, -1]

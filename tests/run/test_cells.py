@@ -40,7 +40,7 @@ def toy(folder: Path, seconds: float = 0.3, failing: str | None = None) -> Path:
         status = 3 if name == failing else 0
         wait = 0.0 if name == failing else seconds
         stages[name] = {
-            "cmd": f"{sys.executable} stage.py {name}.out {wait} --status {status}".removesuffix(" --status 0"),
+            "cmd": f"exec {sys.executable} stage.py {name}.out {wait} --status {status}".removesuffix(" --status 0"),
             "deps": ["stage.py", *(f"{dep}.out" for dep in deps)],
             "outs": [f"{name}.out"],
         }
@@ -112,7 +112,8 @@ def test_nothing_runs_on_and_nothing_is_lost_when_something_is_killed(tmp_path, 
     (folder / "Makefile").write_text(f"repro:\n\t@{sys.executable} -m rlhf_vs_dpo.run.cells\n")
     process = subprocess.Popen(
         ["make"] if victim == "make" else [sys.executable, "-m", "rlhf_vs_dpo.run.cells"], cwd=folder, text=True,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV | {"JOBS": "2"},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=ENV | {"JOBS": "2", "SHELL": "/bin/sh"},  # which stays, as a parent of the stage, unless told to `exec`
     )  # fmt: skip
     until(lambda: (folder / "logs" / "a.log").exists() and "working on" in (folder / "logs" / "a.log").read_text())
 

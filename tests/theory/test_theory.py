@@ -7,6 +7,7 @@ import torch
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Tabular, Theory
 from rlhf_vs_dpo.language.forward import scores
+from rlhf_vs_dpo.language.states import states
 from rlhf_vs_dpo.language.text import Prompts, Tokens
 from rlhf_vs_dpo.theory import experiments, identities, laws, problems, show
 
@@ -221,7 +222,7 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
     # Fisher: mean over states of the covariance of grad log pi, which for a softmax is diag(p) - p p' at its state
     fisher = torch.zeros(len(flat), len(flat))
     first = tabular.tokenizer.convert_tokens_to_ids("y0")
-    hidden = policy.hidden(batch.batch)[batch.batch.response_mask.roll(-1, 1)]
+    hidden = states(policy.model, batch.batch, batch.batch.response_mask.roll(-1, 1))
     for state, logp in zip(hidden, old, strict=True):
         row = int(state.argmax())
         if row < before.shape[0]:

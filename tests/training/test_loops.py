@@ -37,7 +37,8 @@ def token_logp(model, tokens: Tokens, temperature: float) -> list[float]:
 
 def values_before(value, tokens: Tokens) -> list[float]:
     with torch.no_grad():
-        every = value(collate([tokens], 3))[0]
+        batch = collate([tokens], 3)
+        every = value(batch, torch.ones_like(batch.response_mask))
     start = len(tokens.prompt)
     return [every[i - 1].item() for i in range(start, len(tokens))]
 

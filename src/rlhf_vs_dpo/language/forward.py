@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import Network, autocast
+from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Tokens, collate, micro_batches
 from rlhf_vs_dpo.run.progress import bar
 
 
 @torch.inference_mode()
 def measure(network: Network, examples: Sequence[Tokens], read: Callable, what: str | None = None) -> list:
-    """`read(output of the network, batch)` -> a list with one value per row, over all examples, in their order.
+    """`read(network, batch)` -> a list with one value per row, over all examples, in their order.
 
     `what` names the progress bar (none if it is None).
     """
@@ -27,7 +28,7 @@ def measure(network: Network, examples: Sequence[Tokens], read: Callable, what: 
     with bar(len(distinct), what or "", "text", visible=what is not None) as progress, autocast(device):
         for group in micro_batches([len(example) for example in distinct], network.budget):
             batch = collate([distinct[i] for i in group], network.pad).to(device)
-            for i, value in zip(group, read(network(batch), batch), strict=True):
+            for i, value in zip(group, read(network, batch), strict=True):
                 for place in where[i]:
                     values[place] = value
             progress.update(len(group))
@@ -46,9 +47,9 @@ def _text(example: Tokens) -> tuple:
 
 def log_likelihoods(policy: Policy, examples: Sequence[Tokens], what: str | None = None) -> list[float]:
     """log pi(y|x) of each example, natural log."""
-    return measure(policy, examples, lambda output, batch: output.sums().tolist(), what)
+    return measure(policy, examples, lambda policy, batch: policy(batch).sums().tolist(), what)
 
 
 def scores(scorer: Scorer, examples: Sequence[Tokens], what: str | None = None) -> list[float]:
     """Normalised reward of each example, read at its last token."""
-    return measure(scorer, examples, lambda output, batch: last(output, batch.response_mask).tolist(), what)
+    return measure(scorer, examples, lambda scorer, batch: scorer(batch, last(batch.response_mask)).tolist(), what)

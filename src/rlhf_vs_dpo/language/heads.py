@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language.models import Network, device, load, load_own
-from rlhf_vs_dpo.language.text import Batch, positions
+from rlhf_vs_dpo.language.states import states
+from rlhf_vs_dpo.language.text import Batch
 
 
 class Scorer(Network):
@@ -18,26 +18,15 @@ class Scorer(Network):
     constants that live in the config and travel with the folder: score = (head - reward_shift) / reward_scale.
     """
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Normalised scalar at every position, (B, T) float32; defined where `attention_mask` is 1."""
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions(batch.attention_mask),
-            use_cache=False,
-        ).last_hidden_state
+    def forward(self, batch: Batch, where: Tensor) -> Tensor:
+        """Normalised scalar at the N True places of `where` (B, T), in their order, (N,) float32."""
         config = self.model.config
-        return (self.head(hidden)[..., 0].float() - config.reward_shift) / config.reward_scale
+        raw = self.head(states(self.model, batch, where))[:, 0]
+        return (raw.float() - config.reward_shift) / config.reward_scale
 
     @property
     def head(self) -> nn.Linear:
         return self.model.score if hasattr(self.model, "score") else self.model.classifier
-
-
-def last(values: Tensor, mask: Tensor) -> Tensor:
-    """Value at the last True of each row of `mask`: (B, T), (B, T) -> (B,)."""
-    index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
-    return values.gather(1, index[:, None])[:, 0]
 
 
 def scorer_from_policy(folder: Path) -> tuple[Scorer, object]:

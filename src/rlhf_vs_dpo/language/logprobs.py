@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language.models import Network
-from rlhf_vs_dpo.language.text import Batch, positions
+from rlhf_vs_dpo.language.states import before, states
+from rlhf_vs_dpo.language.text import Batch
 
 
 class TokenLogprobs(NamedTuple):
@@ -34,11 +35,6 @@ class TokenLogprobs(NamedTuple):
     def lengths(self) -> Tensor:
         """|y|, response tokens with EOS, shape (B,)."""
         return self.mask.sum(-1)
-
-
-def before(mask: Tensor) -> Tensor:
-    """Mask of the positions whose hidden state predicts a token of `mask`: one to the left, (B, T) bool."""
-    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
 
 
 def suppress(logits: Tensor, model: nn.Module) -> Tensor:
@@ -79,17 +75,8 @@ class Policy(Network):
 
     def distributions(self, batch: Batch) -> Tensor:
         """Log-probabilities of every token at the states before the N response tokens, in their order, (N, V) float32."""
-        logits = self.project(self.hidden(batch)[before(batch.response_mask)]).float()
+        logits = self.project(states(self.model, batch, before(batch.response_mask))).float()
         return (suppress(logits, self.model) / self.temperature).log_softmax(-1)
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states, (B, T, d)."""
-        return self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions(batch.attention_mask),
-            use_cache=False,
-        ).last_hidden_state
 
     def project(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states (N, d) -> (N, V); `check_projection` proves that this is the model's own."""
@@ -106,7 +93,6 @@ def check_projection(policy: Policy, batch: Batch) -> None:
         full = policy.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            position_ids=positions(batch.attention_mask),
             use_cache=False,
         ).logits
         log_distribution = (suppress(full[:, :-1].float(), policy.model) / policy.temperature).log_softmax(-1)

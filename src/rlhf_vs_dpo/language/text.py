@@ -207,25 +207,19 @@ def check_distinct(pairs: Pairs) -> None:
         )
 
 
-def collate(examples: Sequence[Tokens], pad: int, side: str = "right") -> Batch:
-    """Pad examples to one tensor. Training pads right; `side="left"` exists for generation and for the padding tests."""
+def collate(examples: Sequence[Tokens], pad: int) -> Batch:
+    """Pad examples on the right to one length: what is causal never sees the padding."""
     width = max(len(example) for example in examples)
     ids = np.full((len(examples), width), pad, dtype=np.int64)
     attention = np.zeros((len(examples), width), dtype=np.int64)
     response = np.zeros((len(examples), width), dtype=bool)
     for row, example in enumerate(examples):
-        start = width - len(example) if side == "left" else 0
-        middle, end = start + len(example.prompt), start + len(example)
-        ids[row, start:middle] = example.prompt
+        middle, end = len(example.prompt), len(example)
+        ids[row, :middle] = example.prompt
         ids[row, middle:end] = example.response
-        attention[row, start:end] = 1
+        attention[row, :end] = 1
         response[row, middle:end] = True
     return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(response))
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids that do not depend on the padding side: (B, T), 0 at the first real token of each row."""
-    return (attention_mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:

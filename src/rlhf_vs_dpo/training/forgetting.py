@@ -9,7 +9,6 @@ from torch import nn
 
 from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import Batch, Tokens, documents, encode_prompts
 
 
@@ -30,18 +29,12 @@ def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataF
     questions = [Tokens(p, a) for p, a in zip(encode_prompts(tokenizer, list(facts["prompt"])), answers, strict=True)]
     asked = pd.DataFrame({"kind": "fact", "item_id": facts["fact_id"], "tokens": [len(a) for a in answers]})
     asked["logp"] = log_likelihoods(plain, questions)
-    asked["correct"] = measure(Greedy(plain), questions, lambda right, batch: right.float().tolist())
+    asked["correct"] = measure(plain, questions, greedily_right)
     return pd.concat([rows, asked], ignore_index=True)
 
 
-class Greedy(Network):
-    """Whether the most likely token is the right one at every response token: batch -> (B,) bool."""
-
-    def __init__(self, policy: Policy):
-        super().__init__(policy.model)
-        self.policy = policy
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        mask = batch.response_mask
-        right = self.policy.distributions(batch).argmax(-1) == batch.input_ids[mask]
-        return torch.ones_like(mask).masked_scatter(mask, right).all(-1)
+def greedily_right(policy: Policy, batch: Batch) -> list[float]:
+    """1.0 where the most likely token is the right one at every token of the response, for each row."""
+    mask = batch.response_mask
+    right = policy.distributions(batch).argmax(-1) == batch.input_ids[mask]
+    return torch.ones_like(mask).masked_scatter(mask, right).all(-1).float().tolist()

@@ -14,8 +14,9 @@ import torch
 
 from rlhf_vs_dpo.config import Rl
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.models import autocast, freeze
+from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.progress import bar
@@ -143,7 +144,7 @@ def check_start(learner: Learner, episodes: Episodes, metrics: dict[str, float])
     if learner.criticising is not None:
         with autocast(device):
             ours, theirs = (
-                last(of(batch), batch.response_mask) for of in (learner.criticising, learner.networks.reward)
+                of(batch, last(batch.response_mask)) for of in (learner.criticising, learner.networks.reward)
             )
         gap = ours - theirs
         hold("value at EOS minus RM score, at most", float(gap.abs().max()), 0.0, tolerance,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.config import Preference
 from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.language.forward import log_likelihoods, measure
-from rlhf_vs_dpo.language.logprobs import Policy, TokenLogprobs
+from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Batch, Pairs, check_distinct, collate
 from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
@@ -134,7 +134,8 @@ def implicit_rewards(
 ) -> pd.DataFrame:
     """The policy as a reward model: the implicit rewards that its own loss compares (`chosen`, `rejected`), per pair."""
 
-    def read(output: TokenLogprobs, batch: Batch) -> list[tuple[float, int]]:
+    def read(policy: Policy, batch: Batch) -> list[tuple[float, int]]:
+        output = policy(batch)
         return list(zip(output.sums().tolist(), output.lengths().tolist(), strict=True))
 
     sides = []

@@ -5,7 +5,8 @@ import pandas as pd
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Training
-from rlhf_vs_dpo.language.heads import Scorer, last
+from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Pairs, check_distinct, collate
 from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
 from rlhf_vs_dpo.training.optimise import Log
@@ -17,7 +18,7 @@ def train(scorer: Scorer, pairs: Pairs, settings: Training, seed: int, log: Log,
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch = collate(pairs.both(group), scorer.pad).to(next(scorer.parameters()).device)
-        good, bad = last(module(batch), batch.response_mask).chunk(2)
+        good, bad = module(batch, last(batch.response_mask)).chunk(2)
         return bradley_terry(good, bad).sum(), {
             "accuracy": (good > bad).sum().item(),
             "margin": (good - bad).sum().item(),

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf_vs_dpo.language.generation import generate
-from rlhf_vs_dpo.language.heads import last
-from rlhf_vs_dpo.language.logprobs import before
 from rlhf_vs_dpo.language.models import autocast
+from rlhf_vs_dpo.language.states import before, last
 from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, collate, micro_batches
 from rlhf_vs_dpo.losses.gae import gae, token_rewards, whiten
 from rlhf_vs_dpo.losses.reinforce import leave_one_out
@@ -68,7 +67,7 @@ class Episodes(NamedTuple):
 
 def state_values(scorer, batch: Batch) -> Tensor:
     """V(s_t) of each response token: the value read one position before it, at the state it was chosen in; (N,)."""
-    return scorer(batch)[before(batch.response_mask)]
+    return scorer(batch, before(batch.response_mask))
 
 
 @torch.no_grad()
@@ -107,7 +106,7 @@ def rollout(
             flat["ref_logp"][place] = reference(batch).logp[batch.response_mask]
             if criticising is not None:
                 flat["values"][place] = state_values(criticising, batch)
-            score[group] = last(reward(batch), batch.response_mask)
+            score[group] = reward(batch, last(batch.response_mask))
     passes = 3 + (criticising is not None)  # policy, reference and reward model, each over prompt and response
     read = drawn.tokens_read + passes * sum(len(example) for example in tokens)
     raw = score
