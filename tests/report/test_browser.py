@@ -247,11 +247,23 @@ def policies_of(folder: Path) -> set[str]:
 
 
 def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
+    """Everything is waited for: the page draws rows, columns and charts one after another, slowly on a busy machine."""
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
+    def until(what, complaint: str):
+        patient = WebDriverWait(browser, 240, ignored_exceptions=[StaleElementReferenceException])
+        return patient.until(lambda _: what(), complaint)
+
+    def of(css: str) -> list:
+        return browser.find_elements(By.CSS_SELECTOR, css)
+
+    def shown(words: str) -> bool:
+        return words in browser.find_element(By.TAG_NAME, "body").text
+
     folder, address = mlflow_ui
-    expected = policies_of(folder)
+    expected = sorted(policies_of(folder))
     sized(browser, (2600, 1100))
     browser.get(address.partition("#")[0])
     for key, value in (
@@ -260,36 +272,41 @@ def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
     ):  # a panel that hides columns
         browser.execute_script(f"localStorage.setItem('mlflow.assistant.{key}', '{value}')")
     browser.get(address)
-    wait = WebDriverWait(browser, 90)
-    wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, "[role=row] a[href*='/runs/']")) >= len(expected))
-    rows = [link.text for link in browser.find_elements(By.CSS_SELECTOR, "[role=row] a[href*='/runs/']")]
-    assert sorted(set(rows)) == sorted(expected) and len(rows) == len(expected)
-    body = browser.find_element(By.TAG_NAME, "body").text
+    until(lambda: sorted(link.text for link in of("[role=row] a[href*='/runs/']")) == expected, f"rows {expected}")
     for column in ("gold", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl"):
-        assert f"evaluation/{column}" in body, f"no column evaluation/{column}"
+        until(lambda column=column: shown(f"evaluation/{column}"), f"no column evaluation/{column}")
     shot(browser, "mlflow-runs")
 
-    boxes = browser.find_elements(
-        By.CSS_SELECTOR, "[role=row] input[aria-label^='Press Space to toggle row selection']"
-    )
-    for box in boxes[:4]:  # the real boxes are hidden behind drawn ones
-        browser.execute_script("arguments[0].click()", box)
-    compare = wait.until(lambda d: d.find_element(By.XPATH, "//button[normalize-space()='Compare']"))
-    wait.until(lambda d: compare.is_enabled())
-    browser.execute_script("arguments[0].click()", compare)
-    wait.until(lambda d: "Comparing 4 Runs" in d.find_element(By.TAG_NAME, "body").text)
-    wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, ".js-plotly-plot")) >= 1)
-    chart = browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot")
-    assert chart.size["width"] > 200 and chart.find_elements(By.CSS_SELECTOR, "path")
+    def choose_four() -> bool:  # the real boxes are hidden behind drawn ones; a table that is drawn anew forgets them
+        boxes = of("[role=row] input[aria-label^='Press Space to toggle row selection']")[:4]
+        for box in boxes:
+            if not box.is_selected():
+                browser.execute_script("arguments[0].click()", box)
+        return len(boxes) == 4 and all(box.is_selected() for box in boxes)
+
+    until(choose_four, "no four boxes that stay chosen")
+
+    def compare() -> bool:
+        found = browser.find_elements(By.XPATH, "//button[normalize-space()='Compare']")
+        if found and found[0].is_enabled():
+            browser.execute_script("arguments[0].click()", found[0])
+        return shown("Comparing 4 Runs")
+
+    until(compare, "no comparison of four")
+
+    def drawn() -> bool:
+        charts = of(".js-plotly-plot")
+        return bool(charts) and charts[0].size["width"] > 200 and bool(charts[0].find_elements(By.CSS_SELECTOR, "path"))
+
+    until(drawn, "no chart in the comparison")
     shot(browser, "mlflow-compare")
 
     sized(browser, (1700, 1000))
     browser.get(f"{address.partition('?')[0]}?compareRunsMode=CHART")
     browser.refresh()
-    search = wait.until(lambda d: d.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']"))
-    search.send_keys("evaluation/")
-    wait.until(lambda d: "evaluation\n(" in d.find_element(By.TAG_NAME, "body").text)  # charts are grouped by prefix
-    wait.until(lambda d: len(d.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .bars path")) >= 4)
+    until(lambda: of("input[placeholder='Search metric charts']"), "no search")[0].send_keys("evaluation/")
+    until(lambda: shown("evaluation\n("), "charts are not grouped by prefix")
+    until(lambda: len(of(".js-plotly-plot .bars path")) >= 4, "no bars")
     shot(browser, "mlflow-charts")
 
 
