@@ -43,12 +43,13 @@ def main(
             model = models.from_scratch(settings.scratch, tokenizer)
         # Perplexity is of the model itself; every later log-probability is of the policy, at the sampling temperature.
         policy = Policy(model, temperature=1.0).to(models.device())
-        examples = text.Examples(text.documents(tokenizer, train["text"], policy.context), list(train["doc_id"]))
+        most = run.params["data"]["max_document_tokens"]
+        examples = text.Examples(text.documents(tokenizer, train["text"], policy.context, most), list(train["doc_id"]))
         check_projection(policy, text.collate(examples.tokens[:2], policy.pad).to(models.device()))
         trained = supervised.likelihood(policy, examples, settings.training, run.section("seed"), run.log, "base")
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
-            held = text.documents(tokenizer, heldout["text"], policy.context)
+            held = text.documents(tokenizer, heldout["text"], policy.context, most)
             logp = sum(forward.log_likelihoods(policy, held, "held-out corpus"))
             tokens = sum(len(example.response) for example in held)
             models.save(model, tokenizer, out)

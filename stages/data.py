@@ -55,8 +55,9 @@ def main(
                 raise DataError(
                     f"{settings.source}: no row of {name} has split {', '.join(lost)}; give more rows, or other shares in `data`"
                 )
-        for name, table in named.items():
-            tables.write_table(table, name, out / f"{name}.parquet")
+        for name, table in named.items():  # what depends on what a model can read is sorted once there is one
+            whole = name in ("corpus", "facts")
+            tables.write_table(table, name, (out if whole else out / "raw") / f"{name}.parquet")
         world = out / "world"
         shutil.rmtree(world, ignore_errors=True)
         world.mkdir()

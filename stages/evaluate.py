@@ -28,6 +28,8 @@ def main(
     with frame.stage("evaluate", [prompts]) as run:
         import json
 
+        import pandas as pd
+
         from rlhf_vs_dpo import config, tables
         from rlhf_vs_dpo.evaluation import verdicts, views, whole
         from rlhf_vs_dpo.evaluation.statistics import Resamples
@@ -47,11 +49,19 @@ def main(
         def metrics_of(stage: str) -> dict[int, dict]:
             return {line: json.loads((stage_metrics / f"{stage}-{line}.json").read_text()) for line in seeds}
 
+        settings, preferences = run.section("evaluate"), run.section("preferences")
+        said = tables.read_table(judgements, "judgements")
+        # Where nobody simulated made the pairs, a judge takes the annotator's place.
+        wins = said[(said["judge"] == settings.preferred_by) & (preferences.source != "annotator")]
+        judged = {f: of.set_index("prompt_id")["win"] for f, of in wins.groupby("policy")}
+        if judged:  # nobody is judged against itself
+            asked = next(iter(judged.values())).index
+            judged |= {f: pd.Series(0.5, index=asked) for f in members["sft"]}
         inputs = whole.Inputs(
             policies=chosen,
             seeds=seeds,
             settings={method: run.section(family[method], method) for method in members if method != "sft"},
-            own_pairs=run.section("preferences").source == "dataset",
+            preferences=preferences,
             reward_settings=run.section("reward"),
             samples={f: tables.read_table(samples / f"{f}.parquet", "samples") for f in folders},
             retention={f: tables.read_table(samples / f"{f}-retention.parquet", "retention") for f in folders},
@@ -65,15 +75,14 @@ def main(
                 for f in folders
                 if (path := heldout / f"{f}-pairs.parquet").exists()
             },
+            judged=judged,
             demonstrations={line: demonstrations(line) for line in seeds},
             pool={line: tables.read_table(samples / f"pool-{line}.parquet", "pool") for line in seeds},
             runs={path.stem: pipeline.read_run(path) for path in sorted(runs.glob("*.json"))},
             pairs=metrics_of("preferences"),
             pool_metrics=metrics_of("pool"),
         )
-        settings = run.section("evaluate")
         found = whole.compare(inputs, settings, seed)
-        said = tables.read_table(judgements, "judgements")
         found["judges"] = verdicts.summary(said, members, Resamples(settings.resamples, seed))
         atomic.write_json(found, out)
         atomic.write_json(views.of_machine(found, inputs), machine)
@@ -85,8 +94,8 @@ def main(
             atomic.write_csv(views.paths(found), place / "over_training.csv")
             atomic.write_csv(views.learning(curves, members), place / "learning.csv")
             atomic.write_csv(views.best_of_n(found), place / "best_of_n.csv")
-        publish.publish(views.for_tracking(found, inputs), found["judge"], typer.echo)
-        typer.echo(f"wins are judged by {found['judge']}")
+        publish.publish(views.for_tracking(found, inputs), found["axes"], typer.echo)
+        typer.echo(f"axes: {', '.join(found['axes'])}; wins are judged by {found['judge']}")
 
 
 if __name__ == "__main__":

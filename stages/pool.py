@@ -28,10 +28,11 @@ def main(
         from rlhf_vs_dpo.language import forward, heads, models, text
         from rlhf_vs_dpo.language.generation import decode, generate
         from rlhf_vs_dpo.language.logprobs import Policy
-        from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.preferences import annotator, gold
         from rlhf_vs_dpo.run.progress import bar
 
         settings, sampling = run.section("pool"), run.section("sampling")
+        preferences = run.section("preferences")
         train = tables.read_table(prompts, "prompts", "train").head(settings.train_prompts)
         validation = tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)
         test = tables.read_table(prompts, "prompts", "test").head(settings.test_prompts)
@@ -79,7 +80,8 @@ def main(
                         totals[split][1] += int(group["tokens"].sum())
                         totals[split][2] += float(group["finished"].sum())
                     progress.update(len(some))
-                    yield table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
+                    table = table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
+                    yield table.assign(utility=annotator.column(table, preferences))
 
         tables.write_stream(parts(), "pool", out)
         run.spent(

@@ -61,7 +61,7 @@ def main(
         )
         totals = policy_gradient.train(
             Networks(policy, reference, scorer), text.prompts_of(tokenizer, train),
-            text.documents(tokenizer, documents, policy.context), settings, sampling.max_new_tokens, seed, watched,
+            text.documents(tokenizer, documents, policy.context, run.params["data"]["max_document_tokens"]), settings, sampling.max_new_tokens, seed, watched,
             alarms.listening(run.log, run.warn, settings.iterations), method,
         )  # fmt: skip
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")

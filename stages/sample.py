@@ -22,7 +22,7 @@ def main(
     heldout: Annotated[Path | None, typer.Option(help="Samples taken while this policy trained, to be scored.")] = None,
     watched: Annotated[Path | None, typer.Option(help="Where what was measured of them goes.")] = None,
 ) -> None:
-    """Write `samples` with log-probabilities under the policy and pi_ref, RM reward and gold; and `retention`."""
+    """Write `samples` with log-probabilities under the policy and pi_ref, RM reward, gold and the annotator's utility; and `retention`."""
     with frame.stage(
         f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name, seed=str(seed)
     ) as run:
@@ -32,10 +32,12 @@ def main(
         from rlhf_vs_dpo.language import forward, heads, models, text
         from rlhf_vs_dpo.language.generation import decode, generate
         from rlhf_vs_dpo.language.logprobs import Policy
-        from rlhf_vs_dpo.preferences import gold
-        from rlhf_vs_dpo.training import forgetting, monitor
+        from rlhf_vs_dpo.preferences import annotator, gold
+        from rlhf_vs_dpo.training import forgetting
+        from rlhf_vs_dpo.training import watched as watching
 
         settings, sampling = run.section("sample"), run.section("sampling")
+        preferences = run.section("preferences")
         rows = tables.read_table(prompts, "prompts", "test").head(settings.prompts)
         documents = tables.read_table(corpus, "corpus", "validation")
         questions = tables.read_table(facts, "facts")
@@ -66,11 +68,12 @@ def main(
                 reward=forward.scores(scorer, seen, "reward"),
             )
             table["reward"] = table["reward"].where(table["finished"])
-            parts.append(table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"])))
+            table = table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"]))
+            parts.append(table.assign(utility=annotator.column(table, preferences)))
         table = pd.concat(parts, ignore_index=True)
-        kept = forgetting.retention(model, tokenizer, documents, questions)
+        kept = forgetting.retention(model, tokenizer, documents, questions, run.params["data"]["max_document_tokens"])
         if heldout is not None:
-            scored = monitor.scored(tables.read_table(heldout, "heldout"), scorer)
+            scored = watching.scored(tables.read_table(heldout, "heldout"), scorer, preferences)
             tables.write_table(scored, "watched", watched)
         tables.write_table(table, "samples", out)
         tables.write_table(kept, "retention", retention)

@@ -31,7 +31,7 @@ def main(
         settings, sampling = run.section("sft"), run.section("sampling")
         torch.manual_seed(seed)
         model, tokenizer = models.load_policy(base)
-        policy = Policy(model, sampling.temperature)
+        policy = Policy(model, temperature=1.0)  # likelihood is the model's own: at T it would learn to undo T
 
         def encoded(split: str) -> text.Examples:
             rows = tables.read_table(demonstrations, "demonstrations", split)
@@ -50,6 +50,7 @@ def main(
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             after = nll()
+            models.sampled_at(model, sampling.temperature)
             models.save(model, tokenizer, out)
             run.curve(curves)
             run.finish({"nll_per_token_before": before, "nll_per_token": after}, metrics, settings.training.steps)

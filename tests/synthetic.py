@@ -31,7 +31,7 @@ def responses(rng, folder, prompts, gain, kl, finished=1.0, per_prompt=3):
     return rows.assign(
         suffix="", sample=np.tile(range(per_prompt), prompts), response=[NASTY if i == 0 else f"word{i % 7} is {folder} ." for i in range(n)],
         tokens=rng.integers(5, 20, size=n), finished=ended, logp=-3.0 + kl + 0.1 * rng.normal(size=n), reference_logp=-3.0,
-        reward=np.where(ended, gold + 0.2 * rng.normal(size=n), np.nan), gold=gold, filler=(rng.random(n) < 0.3).astype(float),
+        reward=np.where(ended, gold + 0.2 * rng.normal(size=n), np.nan), gold=gold, utility=gold + 0.1, filler=(rng.random(n) < 0.3).astype(float),
         **{f"gold_{part}": 0.0 for part in PARTS},
     )  # fmt: skip
 
@@ -81,6 +81,7 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
                             "logp": -3.0 + kl * share**2 + (share > 0) * 0.05 * rng.normal(size=60), "reference_logp": -3.0,
                             "gold": 1.0 + gain * share + 0.3 * rng.normal(size=60), "filler": 0.0, "tokens": 9,
                             "reward": 1.0 + 1.5 * gain * share + 0.3 * rng.normal(size=60),
+                            "utility": 1.0 + 1.2 * gain * share + 0.3 * rng.normal(size=60),
                         }
                     )
                 )  # fmt: skip
@@ -107,7 +108,8 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
         policies=policies,
         seeds=list(seeds),
         settings={m: config.section(params, family, m) for m, (family, _, _) in METHODS.items()},
-        own_pairs=False,
+        preferences=config.section(params, "preferences"),
+        judged={},
         reward_settings=config.section(params, "reward"),
         samples=samples,
         retention=retention,

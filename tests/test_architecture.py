@@ -81,6 +81,9 @@ def test_the_parameters_of_a_stage_are_those_that_dvc_tracks():
     assert pipeline.tracked(whole, None) is whole
 
 
+SAMPLING = {"sample_sft", "sample_rl", "sample_preference", "sample_imitation"}
+
+
 def dvc_yaml() -> dict:
     return YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -112,6 +115,7 @@ def test_deps_are_what_a_stage_imports(name):
         ("training/imitation.py", {"imitation"}),
         ("preferences/judges.py", {"judge"}),
         ("evaluation/statistics.py", {"evaluate"}),
+        ("preferences/annotator.py", {"preferences", "preference", "pool", "evaluate"} | SAMPLING),
         ("report/words.py", {"report"}),
         ("run/frame.py", set()),
     ],
@@ -125,6 +129,24 @@ def test_methods_do_not_disturb_each_other(path, stages):
         if f"src/rlhf_vs_dpo/{path}/".startswith(f"{dep}/")
     }
     assert touched - {"theory"} == stages
+
+
+def test_theory_runs_again_for_what_it_tries_alone():
+    deps = dvc_yaml()["theory"]["deps"]
+    assert [dep for dep in deps if dep.startswith("src/rlhf_vs_dpo/evaluation")] == [
+        "src/rlhf_vs_dpo/evaluation/order_statistics.py"
+    ]
+
+
+def test_everything_depends_on_the_check_of_params():
+    """By its output, which never changes: nothing runs, and nothing loses its outputs, before params.yaml is known to be right."""
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        graph = repo.index.graph
+        (check,) = [stage for stage in graph if stage.addressing == "check"]
+        assert networkx.ancestors(graph, check) == set(graph) - {check}
 
 
 @pytest.mark.parametrize("name", dvc_yaml())
@@ -144,7 +166,7 @@ def test_commands_hold_paths_and_no_hyper_parameters(name):
 def test_every_stage_is_a_command_and_reads_its_params_from_dvc():
     assert {script_of(stage) for stage in dvc_yaml().values()} == set(STAGES)
     for stage in dvc_yaml().values():
-        names = [param.split(".")[0] for param in stage.get("params", [])]
+        names = [param.split(".")[0] for param in stage.get("params", []) if isinstance(param, str)]  # `check` has the whole file
         assert set(names) <= config.SECTIONS.keys()
         read = set(re.findall(r'section\("(\w+)"', script_of(stage).read_text()))
         assert read <= set(names), f"reads {read - set(names)} without tracking it"

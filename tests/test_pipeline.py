@@ -35,7 +35,7 @@ POLICIES = [
     "rm_filtered",
     "expert_iteration",
 ]
-STAGES = 12 + 2 * len(POLICIES)  # each policy is trained and sampled
+STAGES = 14 + 2 * len(POLICIES)  # each policy is trained and sampled
 TAIL = ["judge", "evaluate", "report"]
 
 
@@ -106,7 +106,7 @@ def test_the_policy_folder_says_how_it_is_prompted(smoke):
     place = folder / "models" / "control_tokens-0"
     assert AutoConfig.from_pretrained(place).prompt_suffixes == ["[GOOD]", "[BAD]"]
     tokens = AutoTokenizer.from_pretrained(place).convert_tokens_to_ids(["[GOOD]", "[BAD]"])
-    assert GenerationConfig.from_pretrained(place).suppress_tokens == tokens
+    assert set(tokens) < set(GenerationConfig.from_pretrained(place).suppress_tokens)  # and PAD and BOS
     samples = tables.read_table(folder / "samples" / "control_tokens-0.parquet", "samples")
     assert samples.groupby("suffix").size().to_dict() == {"[BAD]": 16, "[GOOD]": 16}
     assert not samples["response"].str.contains("GOOD|BAD", regex=True).any()
@@ -613,10 +613,33 @@ def rewrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_unknown_key_stops_a_stage_and_dvc(broken):
+def test_a_misspelt_key_is_refused_before_anything_is_touched(broken):
+    """Under plain `dvc repro`, whichever stage the key belongs to: DVC removes a stage's outputs before the stage could refuse."""
+    before = {path: path.stat().st_mtime_ns for path in (broken / "models" / "sft-0").iterdir()}
     change(broken, "sft.training.lr", 1.0)
+    change(broken, "sft.training.learning_rate", 2.0e-3)
+    for command in (["dvc", "repro"], ["dvc", "repro", "sft@0"], [sys.executable, "-m", "rlhf_vs_dpo.run.cells"]):
+        output = run(broken, *command, expect=None)
+        assert "unknown key `sft.training.lr`" in output and "Traceback" not in output and "Running stage 'sft" not in output
+    assert {path: path.stat().st_mtime_ns for path in (broken / "models" / "sft-0").iterdir()} == before
     output = run(broken, "dvc", "repro", "--single-item", "--force", "--no-run-cache", "data", expect=255)
     assert "unknown key `sft.training.lr`" in output and "Traceback" not in output
+
+
+def test_sft_learns_the_models_own_likelihood_whatever_the_sampling_temperature(smoke, request):
+    before = (smoke / "params.yaml").read_text()
+    request.addfinalizer(lambda: (smoke / "params.yaml").write_text(before))
+    made = (smoke / "models" / "sft-0" / "model.safetensors").read_bytes()
+    change(smoke, "sampling.temperature", 0.5)
+    out = "by-hand/sft-cold"
+    options = (
+        f"--seed=0 --base=models/base --demonstrations=data/demonstrations.parquet --out={out}/model --metrics={out}/m.json "
+        f"--curves={out}/c.csv --run={out}/r.json"
+    ).split()
+    assert by_hand(smoke, "sft", *options) == 0
+    assert (smoke / out / "model" / "model.safetensors").read_bytes() == made
+    told = json.loads((smoke / out / "model" / "generation_config.json").read_text())
+    assert told["temperature"] == 0.5 and told["do_sample"]
 
 
 def test_truncated_model_folder(broken):
@@ -707,7 +730,7 @@ def own_project(folder: Path, form: str) -> Path:
 def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
     folder = own_project(tmp_path / "project", form)
     change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
-    reproduce(folder, re.compile("data|base|sft@0|preferences@0"))
+    reproduce(folder, re.compile("check|data|base|usable|sft@0|preferences@0"))
     pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
     assert pairs["prompt"].str.contains("What comes after").all() and len(pairs) > 30
@@ -718,13 +741,32 @@ def test_own_preferences_go_through_the_whole_graph(tmp_path):
     imitation = ["chosen_sft", "best_of_n"]
     change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
     change(folder, "seeds", [0, 1])
+    change(folder, "evaluate.preferred_by", "rm")
     config.check(config.read_params(folder / "params.yaml"))
+    bad = own_rows("implicit")[:3]  # as some of 60,000 rows of the Hub are: too long for the model, a control token spelled out
+    bad[0]["chosen"] += " and so on" * 200
+    bad[1]["rejected"] += " <eos> and more"
+    bad[2] = {side: text.replace("What", "What else " * 150) for side, text in bad[2].items()}
+    with (folder / "mine.jsonl").open("a") as rows:
+        rows.write("".join("\n" + json.dumps(row) for row in bad))
+    reproduce(folder, re.compile("check|data|base"))
+    fails(folder, "usable", "dataset_pairs, row 60 (pair-000060)", "row 61 (pair-000061): rejected spells a control token of this model: <eos>",
+          "data.unusable: drop")  # fmt: skip
+    assert not list((folder / "data").glob("prompts.parquet")) and not list((folder / "data").rglob("*.tmp"))
+    change(folder, "data.unusable", "drop")
     reproduce(folder, re.compile("(?!theory).*"))  # which reads nothing of it
+    left = pd.read_csv(folder / "data" / "unusable.csv")
+    assert set(left.loc[left["table"] == "dataset_pairs", "id"]) == {f"pair-{i:06d}" for i in (60, 61, 62)}
+    assert {"prompts", "demonstrations"} <= set(left["table"]) and left["reason"].str.contains("tokens").any()
+    counts = json.loads((folder / "metrics" / "stages" / "usable.json").read_text())
+    assert counts["dataset_pairs"] == {"given": 63, "used": 60}
     found = results(folder)
     evaluation = found["methods"]
     assert list(evaluation) == ["sft", "ppo", "dpo", *imitation, "best_of_2"]
     assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["lines"] == 2 == len(found["runs"]["sft"])
     assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
+    assert found["axes"] == ["preferred"] and found["asked"]["judge"] == "rm"  # and rm is asked in the annotators' place
+    assert found["methods"]["dpo"]["preferred"]["mean"] is not None and found["methods"]["dpo"]["utility"]["mean"] is None
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
     for seed in (0, 1):

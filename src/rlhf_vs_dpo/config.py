@@ -3,6 +3,7 @@
 There are no defaults here: every number stands in params.yaml, so that DVC sees it. (A test holds this.)
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -102,6 +103,9 @@ class Imdb(Section):
 
 class Data(Section):
     source: Literal["mini_tldr", "imdb", "hub", "files"]
+    unusable: Literal["refuse", "drop"]
+    max_prompt_tokens: Count | None
+    max_document_tokens: Count | None
     chat_template: str | None
     mini_tldr: MiniTldr
     imdb: Imdb
@@ -429,6 +433,10 @@ class Evaluate(Section):
     """How sure we are, and what is compared with what."""
 
     resamples: Annotated[int, Field(ge=100)]
+    price: NonNegative
+    preferred_by: Name | None
+    questions: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(max_length=12)]
+    settings_of: dict[Name, list[Name]]
     collapse: Collapse
     equal_kl: list[Positive]
     equal_compute: list[Annotated[float, Field(gt=0, le=1)]]
@@ -639,6 +647,17 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
             faults.append(
                 f"{place}: `policies.best_of_n` lists {n}, more than `pool.test_samples` ({pool.test_samples})"
             )
+    evaluate, judging = section(params, "evaluate"), section(params, "judging")
+    known = {name for family in FAMILIES for name in params[family]} - {"defaults"} | {"sft"}
+    for key, groups in (("questions", evaluate.questions), ("settings_of", evaluate.settings_of.values())):
+        for name in dict.fromkeys(name for group in groups for name in group):
+            if name not in known and not re.fullmatch(r"best_of_\d+", name):
+                faults.append(f"{place}: `evaluate.{key}` names {name!r}, which is no method of params.yaml")
+    for a, b in evaluate.questions:
+        if a == b:
+            faults.append(f"{place}: `evaluate.questions` asks how {a} differs from itself")
+    if evaluate.preferred_by not in (None, *judging.judges):
+        faults.append(f"{place}: `evaluate.preferred_by` is {evaluate.preferred_by}, which is none of `judging.judges`")
     for method in policies.imitation:
         entry = section(params, "imitation", method)
         if getattr(entry, "n", 1) > pool.train_samples:

@@ -68,6 +68,8 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             "rejected": _text(),
             "annotator": _text(),
             "p_chosen": _number(nullable=True, check=pa.Check.in_range(0, 1, error="is not a probability")),
+            "chosen_ids": pa.Column(object, nullable=True),  # what was sampled, with EOS; null for pairs of a data set
+            "rejected_ids": pa.Column(object, nullable=True),
         },
         checks=[
             one_split_per_prompt(),
@@ -102,6 +104,7 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             "reference_logp": _number(check=LOGP),  # the same: the pool is of the reference
             "reward": _number(nullable=True),  # null where the response never ended
             "gold": _number(nullable=True),
+            "utility": _number(nullable=True),  # the annotator's
         }
     ),
     "samples": pa.DataFrameSchema(
@@ -116,6 +119,7 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             "reference_logp": _number(check=LOGP),
             "reward": _number(nullable=True),  # null where the response never ended: there is no EOS to score at
             "gold": _number(nullable=True),
+            "utility": _number(nullable=True),  # the annotator's; null where the pairs are those of a data set
         }
     ),
     "heldout": pa.DataFrameSchema(
@@ -143,6 +147,7 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             "filler": _number(nullable=True),
             "tokens": _number(int, check=POSITIVE),
             "reward": _number(nullable=True),
+            "utility": _number(nullable=True),
         }
     ),
     "judgements": pa.DataFrameSchema(

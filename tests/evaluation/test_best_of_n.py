@@ -8,15 +8,15 @@ import pandas as pd
 import pytest
 
 from rlhf_vs_dpo import config
-from rlhf_vs_dpo.evaluation.best_of_n import (
-    as_samples,
+from rlhf_vs_dpo.evaluation.best_of_n import as_samples
+from rlhf_vs_dpo.evaluation.bounds import of_best_of_n, of_imitation
+from rlhf_vs_dpo.evaluation.order_statistics import (
     kl_bound,
     log_ratio,
     order_weights,
     tied_weights,
     win_rate_bound,
 )
-from rlhf_vs_dpo.evaluation.bounds import of_best_of_n, of_imitation
 from rlhf_vs_dpo.theory import laws
 
 

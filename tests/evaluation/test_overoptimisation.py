@@ -35,6 +35,9 @@ def test_the_peak_is_where_nothing_near_is_better(form):
     assert peak(alpha, beta, form, 0.1) == 0.1  # the peak is beyond what was reached
 
 
+OTHERS = {"filler": 0.0, "tokens": 9, "finished": True, "preferred": 0.5, "objective": 0.0}
+
+
 def watched(seed, prompts=200, seeds=3, alpha=1.5, beta=0.6, seed_sd=0.0, most=2.5, noise=0.5):
     """`watched` tables of a method whose gold reward over training follows the law of RL, with noise."""
     rng = np.random.default_rng(seed)
@@ -45,15 +48,8 @@ def watched(seed, prompts=200, seeds=3, alpha=1.5, beta=0.6, seed_sd=0.0, most=2
         for step, point in enumerate(d):
             gold = 1.0 + gain(point, alpha, beta, "rl") + shift * (point > 0) + noise * rng.normal(size=prompts)
             kl = point**2 + (0.3 * rng.normal(size=prompts) if point > 0 else 0.0)
-            frame = {
-                "step": step,
-                "prompt_id": [f"p{i}" for i in range(prompts)],
-                "logp": -3.0 + kl,
-                "reference_logp": -3.0,
-            }
-            rows.append(
-                pd.DataFrame(frame | {"gold": gold, "reward": gold, "filler": 0.0, "tokens": 9, "finished": True})
-            )
+            frame = {"step": step, "prompt_id": [f"p{i}" for i in range(prompts)], "kl": kl, **OTHERS}
+            rows.append(pd.DataFrame(frame | {"gold": gold, "reward": gold, "utility": gold}))
         tables.append(pd.concat(rows, ignore_index=True))
     return tables
 
@@ -120,15 +116,9 @@ def test_equal_kl_reads_the_path_between_its_points():
 
 def test_equal_kl_is_linear_in_the_root_of_kl_and_rises_through_it():
     def table(kl, gold):
-        rows = {
-            "prompt_id": [f"p{i}" for i in range(4)],
-            "reference_logp": 0.0,
-            "filler": 0.0,
-            "tokens": 1,
-            "finished": True,
-        }
+        rows = {"prompt_id": [f"p{i}" for i in range(4)], **OTHERS}
         parts = [
-            pd.DataFrame(rows | {"step": i, "logp": k, "gold": g, "reward": g})
+            pd.DataFrame(rows | {"step": i, "kl": k, "gold": g, "reward": g, "utility": g})
             for i, (k, g) in enumerate(zip(kl, gold, strict=True))
         ]
         return pd.concat(parts, ignore_index=True)

@@ -210,6 +210,7 @@ def tables(gold, finished=True):
             "reference_logp": -1.5,
             "reward": [1.0] * (n - 1) + [np.nan],
             "gold": gold,
+            "utility": 2 * np.array(gold),
             "filler": 0.0,
             **{f"gold_{part}": 0.0 for part in ("coverage", "faithfulness", "redundancy", "filler", "form")},
         }
@@ -226,9 +227,13 @@ def tables(gold, finished=True):
     return samples, retention
 
 
-def row(*args):
+ASKED = measure.Asked(temperature=0.5, price=0.1)
+
+
+def row(ours, kept, sft, demos, pairs=None, **others):
     """Intervals of a method with one line."""
-    return measure.intervals(measure.row([measure.policy(*args)], Resamples(200, 0)))
+    line = measure.Line(sft, demos, others.pop("asked", ASKED))
+    return measure.intervals(measure.row([measure.policy(ours, line, kept, pairs, **others)], Resamples(200, 0)))
 
 
 def test_metrics_of_a_policy_by_hand():
@@ -240,7 +245,10 @@ def test_metrics_of_a_policy_by_hand():
     assert means.pop("pair_accuracy") is None
     assert means == pytest.approx(
         {
+            "preferred": 0.5,  # utilities, twice the gold reward, are 2, 6, 4, 4 against 4, 4, 2, 6
             "gold": 2.0,
+            "utility": 4.0,
+            "objective": 4.0 / 0.5 - 0.1 * 0.5,
             "reward": 1.0,
             "win_rate_vs_sft": 0.5,
             "length_controlled_win_rate": 0.5,
@@ -308,6 +316,7 @@ def test_pairs_of_lines_differ_and_are_put_side_by_side():
     demos = pd.DataFrame({"prompt_id": ["p0", "p1"], "gold": [0.0, 5.0], "reward": 0.0})
     first = pd.DataFrame({"prompt_id": ["a", "b"], "chosen": [1.0, 1.0], "rejected": [0.0, 0.0]})
     second = pd.DataFrame({"prompt_id": ["b", "c", "c"], "chosen": [0.0, 0.0, 1.0], "rejected": [1.0, 1.0, 0.0]})
-    measured = [measure.policy(ours, None, ours, demos, pairs) for pairs in (first, second)]
+    line = measure.Line(ours, demos, ASKED)
+    measured = [measure.policy(ours, line, pair_rewards=pairs) for pairs in (first, second)]
     found = measure.row(measured, Resamples(200, 0))["pair_accuracy"]
     assert found.each.tolist() == pytest.approx([1.0, 1 / 3]) and found.units == 3

@@ -5,12 +5,14 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 
 from rlhf_vs_dpo.evaluation import views, whole
 from rlhf_vs_dpo.report import words
 
+DATASET = synthetic.inputs(prompts=4, seeds=(0,)).preferences.model_copy(update={"source": "dataset"})
 ROWS = ["sft", *synthetic.METHODS, "control_tokens [BAD]", "best_of_4"]
 
 
@@ -22,6 +24,7 @@ def found():
 def test_rows_are_methods_and_best_of_n(found):
     assert list(found["methods"]) == ROWS
     assert found["families"]["best_of_4"] == "best_of_n" and found["judge"] == "gold"
+    assert found["axes"] == ["preferred", "gold"] and found["asked"] == {"temperature": 0.6, "price": 0.1, "judge": None}
     for method, (_, gain, kl) in synthetic.METHODS.items():
         gold, sft = found["methods"][method]["gold"], found["methods"]["sft"]["gold"]
         assert gold["mean"] - sft["mean"] == pytest.approx(gain, abs=0.1) and gold["low"] < gold["mean"] < gold["high"]
@@ -32,25 +35,35 @@ def test_rows_are_methods_and_best_of_n(found):
 def test_a_mean_over_lines_is_that_of_its_runs(found):
     runs = [run["gold"] for run in found["runs"]["ppo"].values()]
     assert found["methods"]["ppo"]["gold"]["mean"] == pytest.approx(np.mean(runs))
-    assert found["spread"]["ppo"]["standard_deviation"] == pytest.approx(np.std(runs, ddof=1))
+    assert found["spread"]["ppo"]["gold"]["standard_deviation"] == pytest.approx(np.std(runs, ddof=1))
     assert found["spread"]["sft"]["lines"] == 3 and list(found["runs"]["sft"]) == ["sft-0", "sft-1", "sft-2"]
 
 
-def test_differences_are_of_every_two_rows_and_corrected(found):
+def test_differences_are_of_every_two_rows_and_exploratory(found):
     assert len(found["differences"]) == 21
     by_pair = {(e["a"], e["b"]): e for e in found["differences"]}
     gap = by_pair["ppo", "dpo"]
-    assert gap["low"] < 0.5 < gap["high"] and gap["p"] < 0.01 and gap["p_holm"] >= gap["p"]
-    smallest = min(found["differences"], key=lambda e: e["p"])
-    assert smallest["p_holm"] == pytest.approx(min(1.0, 21 * smallest["p"]))
+    assert gap["gold"]["low"] < 0.5 < gap["gold"]["high"] and gap["preferred"]["low"] > 0
+    assert not any("p" in entry or "p_holm" in entry for entry in found["differences"])
     # Two normal responses with noise 0.5 each, 0.5 apart
     assert gap["wins"] == pytest.approx(0.5 * (1 + math.erf(0.5 / math.sqrt(2) / 0.5 / math.sqrt(2))), abs=0.05)
+
+
+def test_planned_questions_are_answered_on_both_axes_from_three_lines_on(found):
+    for axis in ("preferred", "gold"):  # of the twelve, one is about rows that were run
+        (entry,) = found["questions"][axis]
+        assert (entry["a"], entry["b"], entry["answer"]) == ("ppo", "dpo", "a") and entry["p"] < 0.05
+    assert found["answers"]
+    for seeds in ((0,), (0, 1)):
+        few = synthetic.found(seeds=seeds)
+        (entry,) = few["questions"]["gold"]
+        assert not few["answers"] and entry["p"] is None and entry["answer"] is None and entry["mean"] > 0
 
 
 def test_a_collapsed_line_is_counted_by_the_definition_in_params():
     results = synthetic.found(collapsed=("dpo-1",))
     assert results["spread"]["control_tokens [BAD]"]["collapsed"] == 1.0  # a way to prompt it, worse on purpose
-    assert "1 of 12 runs collapsed" in words.verdict(results)[2]  # and no run of its own
+    assert "1 of 12 trained policies collapsed" in " ".join(words.verdict(results))  # and no run of its own
     assert (
         results["spread"]["dpo"]["collapsed"] == pytest.approx(1 / 3) and results["spread"]["ppo"]["collapsed"] == 0.0
     )
@@ -66,15 +79,43 @@ def test_paths_and_what_is_read_off_them(found):
         and points[-1]["gold"]["mean"] == pytest.approx(2.0, abs=0.1)
     )
     # gold = 1 + gain sqrt(KL / 2) of ppo: at KL 0.5 half the gain
-    assert found["equal_kl"]["ppo"]["0.5"]["mean"] == pytest.approx(1.5, abs=0.12)
-    assert found["equal_kl"]["chosen_sft"]["2"] is None
-    low, high = found["equal_kl"]["ppo"]["0.5"]["between"]
+    at_kl = found["equal_kl"]["gold"]
+    assert at_kl["ppo"]["0.5"]["mean"] == pytest.approx(1.5, abs=0.12) and at_kl["ppo"]["0.5"]["read"] == "path"
+    assert at_kl["chosen_sft"]["2"] is None
+    low, high = at_kl["ppo"]["0.5"]["between"]
     assert low < 0.5 <= high
     compute = found["equal_compute"]
     assert compute["flops"]["1"] == pytest.approx(max(c["total"]["flops"] for c in found["cost"].values()))
-    assert compute["methods"]["ppo"]["1"]["mean"] == pytest.approx(points[-1]["gold"]["mean"])
-    assert found["own_best"]["ppo"]["at"] > 0.7 and found["own_best"]["best of n"]["on"] == "test"
+    assert compute["axes"]["gold"]["ppo"]["1"]["mean"] == pytest.approx(points[-1]["gold"]["mean"])
+    own_best = found["own_best"]["gold"]
+    assert own_best["ppo"]["at"] > 0.7 and own_best["best of n"]["on"] == "test"
     assert set(found["overoptimisation"]) == {*synthetic.METHODS, "best of n"}
+    assert set(found["overoptimisation"]["ppo"]) == {"form", "gold", "utility", "reward"}
+
+
+def test_equal_kl_is_read_from_settings_where_there_are_several():
+    """ppo (KL 2, gain 1) and control_tokens (KL 0.2, gain 0.2) as two settings of one method, and the SFT policy before them."""
+    several = synthetic.settings(settings_of={"ppo": ["ppo", "control_tokens"], "dpo": ["dpo", "gone"]})
+    found = whole.compare(synthetic.inputs(), several, 0)
+    assert list(found["frontiers"]) == ["ppo"]  # of dpo one setting was run
+    kls = [point["kl"]["mean"] for point in found["frontiers"]["ppo"]]
+    assert kls == sorted(kls) and len(kls) == 3
+    entry = found["equal_kl"]["gold"]["ppo"]["0.5"]
+    share = (0.5**0.5 - 0.2**0.5) / (2.0**0.5 - 0.2**0.5)
+    assert entry["read"] == "settings" and entry["mean"] == pytest.approx(1.0 + 0.2 + 0.8 * share, abs=0.15)
+    assert found["equal_kl"]["gold"]["dpo"]["0.5"]["read"] == "path"
+
+
+def test_the_two_ways_to_prompt_one_policy_are_resampled_together():
+    """[GOOD] and [BAD] are the same weights: what a line gives to both cancels in their difference."""
+    made = synthetic.inputs(seeds=(0, 1, 2, 3))
+    for number, folder in enumerate(made.members["control_tokens"]):
+        table = made.samples[folder]
+        made.samples[folder] = table.assign(gold=table["gold"] + 2.0 * (number - 1.5))  # lines far apart
+    found = whole.compare(made, synthetic.settings(), 0)
+    both = [found["methods"][row]["gold"] for row in ("control_tokens", "control_tokens [BAD]")]
+    gap = next(e["gold"] for e in found["differences"] if (e["a"], e["b"]) == ("control_tokens", "control_tokens [BAD]"))
+    assert min(entry["high"] - entry["low"] for entry in both) > 5 * (gap["high"] - gap["low"])
 
 
 def test_costs_follow_what_is_needed(found):
@@ -91,7 +132,8 @@ def test_tables_for_dvc_and_mlflow(found):
     rows = views.of_methods(found)
     assert set(rows) == {*ROWS[:5], "control_tokens_BAD", "best_of_4"}
     assert "collapsed" in rows["ppo"] and "collapsed" not in rows["control_tokens_BAD"]
-    assert rows["ppo"]["gold_low"] < rows["ppo"]["gold"] < rows["ppo"]["gold_high"] and len(rows["ppo"]) < 20
+    assert rows["ppo"]["gold_low"] < rows["ppo"]["gold"] < rows["ppo"]["gold_high"] and len(rows["ppo"]) < 22
+    assert rows["ppo"]["preferred_low"] < rows["ppo"]["preferred"] and {"utility", "objective"} <= rows["ppo"].keys()
     assert views.file_name("control_tokens [BAD]") == "control_tokens_BAD"
     assert list(views.comparison(found)["policy"]) == list(found["methods"])
     assert len(views.paths(found)) == 24
@@ -104,7 +146,9 @@ def test_tables_for_dvc_and_mlflow(found):
     assert [e["seed"] for e in entries] == [0, 1, 2] * 7
     assert all(name.startswith("evaluation BAD/") for name in entries[-4]["metrics"])
     ppo = entries[3]
-    assert ppo["settings"]["algorithm"] == "ppo" and ppo["metrics"]["validation/gold"] == found["validation"]["ppo-0"]
+    assert ppo["settings"]["algorithm"] == "ppo"
+    assert ppo["metrics"]["validation/preferred"] == found["validation"]["ppo-0"] and found["criterion"] == "preferred"
+    assert set(ppo["steps"][0][1]) == {"heldout/reward", "heldout/utility"}
     assert [step for step, _ in ppo["steps"]] == [0, 1, 2, 3, 4, 5] and len(ppo["samples"]) == 50
     names = [
         {n for n in e["metrics"] if n.startswith("evaluation/")} - {"evaluation/pair_accuracy"} for e in entries[:12]
@@ -145,9 +189,10 @@ def variants():
     yield (
         "no pairs of ours",
         {},
-        lambda inputs: replace(inputs, pairs={s: {"pairs": {"train": 3}} for s in inputs.seeds}, own_pairs=True),
+        lambda inputs: replace(inputs, pairs={s: {"pairs": {"train": 3}} for s in inputs.seeds}, preferences=DATASET),
     )
     yield "no gold", {}, without_gold
+    yield "a judge in the annotator's place", {}, judged
     yield "a line that never ends", {"collapsed": ("dpo-1",)}, lambda inputs: without_gold(silent(inputs, "dpo-1"))
     yield (
         "a smaller pool",
@@ -170,13 +215,21 @@ def without(inputs, family):
 
 def without_gold(inputs):
     def blank(table):
-        return table.assign(**{c: np.nan for c in table if c.startswith("gold") or c == "filler"})
+        return table.assign(**{c: np.nan for c in table if c.startswith("gold") or c in ("filler", "utility")})
 
     return replace(
         inputs, samples={f: blank(t) for f, t in inputs.samples.items()}, watched={f: blank(t) for f, t in inputs.watched.items()},
         pool={s: blank(p) for s, p in inputs.pool.items()}, demonstrations={s: blank(d) for s, d in inputs.demonstrations.items()},
-        pairs={s: {} for s in inputs.seeds}, own_pairs=True,
+        pairs={s: {} for s in inputs.seeds}, preferences=DATASET,
     )  # fmt: skip
+
+
+def judged(inputs):
+    """Without gold, each policy's wins as some judge has them; the SFT policy against itself draws."""
+    rng, prompts = np.random.default_rng(0), sorted(inputs.sft[0]["prompt_id"].unique())
+    wins = {f: pd.Series(rng.choice([0.0, 0.5, 1.0], size=len(prompts)), index=prompts) for f in inputs.samples}
+    wins |= {f: pd.Series(0.5, index=prompts) for f in inputs.members["sft"]}
+    return replace(without_gold(inputs), judged=wins)
 
 
 def silent(inputs, folder):
@@ -198,8 +251,12 @@ def test_other_runs_are_compared_and_reported_too(of, change):
     assert next(iter(results["methods"])) == "sft" and len(words.verdict(results)) >= 1
     blocks = content.blocks(source(results))
     assert page.render(blocks) and markdown.render(blocks)
+    text = markdown.render(blocks)
     if change is without_gold:
-        assert results["judge"] == "reward" and "for want of a gold reward" in markdown.render(blocks)
+        assert results["axes"] == ["reward"] and results["judge"] == "reward" and "for want of a gold reward" in text
+        assert "what the labels asked for is not measured" in text and "| utility" not in text and "objective |" not in text
+    if change is judged:
+        assert results["axes"] == ["preferred"] and results["criterion"] == "reward"
+        assert results["methods"]["sft"]["preferred"]["mean"] == 0.5 and "`preferred` is how often the judge" in text
     if "collapsed" in of:
         assert results["spread"]["dpo"]["collapsed"] == pytest.approx(1 / 3)
-        assert words.best_of_family(results, "preference") is None  # one of its runs says nothing that ends

@@ -7,7 +7,9 @@ from conftest import ROOT, small_model
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language import heads, models
-from rlhf_vs_dpo.language.text import bpe_tokenizer
+from rlhf_vs_dpo.language.generation import generate
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.text import Prompts, Tokens, bpe_tokenizer, collate
 
 
 def base(**changes):
@@ -59,6 +61,82 @@ def test_a_pad_that_is_eos_is_replaced(tmp_path):
     assert given.pad_token_id != given.eos_token_id
     assert given.pad_token_id < loaded.get_input_embeddings().num_embeddings
     assert loaded.config.pad_token_id == given.pad_token_id and loaded.config.eos_token_id == given.eos_token_id
+
+
+def test_a_new_pad_takes_no_probability_from_a_model_whose_logits_lie_far_below_zero(tmp_path):
+    """As GPT-2's do. A random row of PAD would have a logit near 0, and all of the probability."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = bpe_tokenizer(["the cat sat on the mat"] * 5, 280)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)).eval()
+    with torch.no_grad():  # every logit is about -35
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight.sub_(35 / 32)
+    models.save(model, tokenizer, tmp_path / "far")
+    ids = torch.tensor([tokenizer("the cat sat on the mat")["input_ids"]])
+    before = model(ids).logits
+    assert before.mean() < -30
+
+    loaded, given = models.pretrained(base(pretrained=str(tmp_path / "far")))
+    rows = loaded.get_input_embeddings().weight
+    assert torch.allclose(rows[given.pad_token_id], rows[: given.pad_token_id].mean(0), atol=1e-5)
+    after = loaded(ids).logits.log_softmax(-1)
+    assert after[..., given.pad_token_id].exp().max() < 0.05
+    assert torch.allclose(after[..., : len(tokenizer)], before.log_softmax(-1), atol=0.05)
+
+
+def test_pad_and_bos_are_never_said(folder, tokenizer, tmp_path):
+    """By our sampling and log-probabilities, and by whoever generates from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    scratch = models.from_scratch(base().scratch, tokenizer)
+    silent = sorted([tokenizer.pad_token_id, tokenizer.bos_token_id])
+    assert scratch.generation_config.suppress_tokens == silent
+    loaded, given = models.pretrained(base(pretrained=str(folder)))
+    assert loaded.generation_config.suppress_tokens == silent
+    batch = collate([Tokens([given.bos_token_id, 5], [6, given.eos_token_id])], given.pad_token_id)
+    said = Policy(loaded, 1.0).distributions(batch).exp()
+    assert said[:, silent].max() < 1e-9 and torch.allclose(said.sum(-1), torch.ones(2))
+    with torch.no_grad():  # even where the model wants nothing else
+        loaded.get_output_embeddings().weight[silent] *= 100
+    drawn = generate(Policy(loaded, 1.0), Prompts([[given.bos_token_id, 5]] * 50, [f"p{i}" for i in range(50)]), [0] * 50, 8, 0)
+    assert not {token for tokens in drawn.tokens for token in tokens.response} & set(silent)
+    models.sampled_at(loaded, 0.7)
+    models.save(loaded, given, tmp_path / "policy")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    asked = torch.tensor([[given.bos_token_id, 5]])
+    assert not {*theirs.generate(asked, max_new_tokens=20)[0, 2:].tolist()} & (set(silent) - {given.pad_token_id})
+
+
+def test_a_bos_that_is_eos_may_be_said(tmp_path):
+    tokenizer = bpe_tokenizer(["the cat sat"] * 5, 280)
+    tokenizer.bos_token = tokenizer.eos_token
+    models.save(small_model(tokenizer), tokenizer, tmp_path / "one")
+    loaded, given = models.pretrained(base(pretrained=str(tmp_path / "one")))
+    assert loaded.generation_config.suppress_tokens == [given.pad_token_id]
+
+
+def test_a_folder_says_at_which_temperature_its_policy_is_sampled(tmp_path, model, tokenizer):
+    from transformers import GenerationConfig
+
+    models.sampled_at(model, 0.7)
+    models.save(model, tokenizer, tmp_path / "policy")
+    config_of = GenerationConfig.from_pretrained(tmp_path / "policy")
+    assert (config_of.do_sample, config_of.temperature, config_of.top_p) == (True, 0.7, 1.0) and not config_of.top_k
+
+
+def test_heads_are_float32_whatever_autocast_says(model, tokenizer):
+    """bf16 would step by 1/8 between logits of 16 and 32."""
+    batch = collate([Tokens([tokenizer.bos_token_id, 5, 6], [7, 8, tokenizer.eos_token_id])], tokenizer.pad_token_id)
+    policy = Policy(model, 1.0)
+    hidden = 20 * torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.lm_head(hidden).dtype == torch.bfloat16
+        logits = policy.project(hidden)
+        assert torch.equal(logits, hidden @ model.lm_head.weight.T) and logits.dtype == torch.float32
+        assert policy.distributions(batch).dtype == torch.float32
 
 
 def test_dropout_is_off_for_good():

@@ -13,6 +13,7 @@ from rlhf_vs_dpo.language.text import (
     collate,
     documents,
     encode,
+    encode_pairs,
     encode_prompts,
     micro_batches,
 )
@@ -83,6 +84,29 @@ def test_a_response_without_tokens_is_refused():
 def test_a_row_longer_than_the_context_is_refused(tokenizer):
     with pytest.raises(DataError, match=r"row-1 \(9 tokens\).*context of 8"):
         encode(tokenizer, series("the dog sat on"), series("a dog sat"), series("row-1"), 8)
+
+
+def test_documents_can_be_cut_below_the_context(tokenizer):
+    (cut,) = documents(tokenizer, series("the dog sat on the mat ."), 64, most=4)
+    assert len(cut) == 4
+    assert documents(tokenizer, series("a cat"), 64, most=None) == documents(tokenizer, series("a cat"), 64)
+
+
+def test_sampled_pairs_are_trained_on_as_they_were_sampled():
+    """Under BPE a text has several spellings; the one that was sampled is kept, whatever the tokenizer would make of its text."""
+    bpe = bpe_tokenizer(["the cat sat"] * 20, 300)
+    whole = bpe("the", add_special_tokens=False)["input_ids"]
+    letters = [bpe.convert_tokens_to_ids(c) for c in "the"]
+    assert len(whole) == 1 and bpe.decode(letters) == bpe.decode(whole) == "the"
+    eos = bpe.eos_token_id
+    row = {"pair_id": ["a"], "prompt": ["the cat"], "chosen": ["the"], "rejected": ["sat"]}
+    sampled = pd.DataFrame(row | {"chosen_ids": [[*letters, eos]], "rejected_ids": [[*whole, eos]]})
+    kept = encode_pairs(bpe, sampled, 64)
+    assert kept.chosen[0].response == [*letters, eos] and kept.rejected[0].response == [*whole, eos]
+    given = encode_pairs(bpe, sampled.assign(chosen_ids=None, rejected_ids=None), 64)
+    assert given.chosen[0].response == [*whole, eos] and given.chosen[0].prompt == kept.chosen[0].prompt
+    with pytest.raises(DataError, match="longer than the model's context of 4"):
+        encode_pairs(bpe, sampled, 4)
 
 
 def test_documents_predict_every_token_and_are_cut_at_the_context(tokenizer):

@@ -85,6 +85,24 @@ def test_dpo_gradient_is_minus_beta_sigmoid_of_minus_s():
     assert rejected.grad.tolist() == pytest.approx([-g for g in expected])
 
 
+def test_the_weight_of_a_pair_is_minus_the_slope_in_the_margin():
+    """DPO: sigmoid(-s), the weight of the gradient in eq. 7; of every loss, - dL/ds by differences."""
+    chosen, rejected, ref = t(-10.0, -4.0), t(-9.0, -6.0), (t(-12.0, -4.5), t(-8.0, -5.0))
+    tokens = (t(5.0, 3.0), t(4.0, 7.0))
+    s = 0.5 * ((chosen - ref[0]) - (rejected - ref[1]))
+    assert dpo(chosen, rejected, *ref, beta=0.5).weight.tolist() == pytest.approx(torch.sigmoid(-s).tolist())
+    losses = {  # loss of a shift of the chosen log-probability, and by how much that shifts the margin
+        "dpo": (lambda h: dpo(chosen + h, rejected, *ref, beta=0.5), t(0.5, 0.5)),
+        "cdpo": (lambda h: cdpo(chosen + h, rejected, *ref, beta=0.5, label_smoothing=0.2), t(0.5, 0.5)),
+        "ln_dpo": (lambda h: ln_dpo(chosen + h, rejected, *ref, *tokens, beta=2.0), 2.0 / tokens[0]),
+        "ipo": (lambda h: ipo(chosen + h, rejected, *ref, tau=0.3), t(0.3, 0.3)),
+        "simpo": (lambda h: simpo(chosen + h, rejected, *tokens, beta=2.0, gamma=0.4), 2.0 / tokens[0]),
+    }
+    for name, (loss, scale) in losses.items():
+        slope = (loss(1e-3).loss - loss(-1e-3).loss) / 2e-3 / scale
+        assert loss(0.0).weight.tolist() == pytest.approx((-slope).tolist(), rel=1e-3, abs=1e-4), name
+
+
 def test_dpo_reaches_the_gibbs_policy():
     """Population DPO on Bradley-Terry preferences of r has its optimum at ref * exp(r / beta) / Z."""
     beta = 0.5

@@ -146,7 +146,7 @@ def test_training_behind_tokens_makes_them_mean_something(own_tokenizer):
     """[GOOD] before `sat`, [BAD] before `ran`: a few steps tell them apart."""
     model = small_model(own_tokenizer, scale=1.0)
     models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
-    rows = pd.DataFrame({"pair_id": list("abcdefgh"), "prompt": "the cat", "chosen": "sat .", "rejected": "ran ."})
+    rows = pd.DataFrame({"pair_id": list("abcdefgh"), "prompt": "the cat", "chosen": "sat .", "rejected": "ran .", "chosen_ids": None, "rejected_ids": None})
     examples = imitation.from_pairs("control_tokens", rows, own_tokenizer, 32)
     settings = supervised.as_training(recipe("control_tokens", batch=8, learning_rate=3e-3), 60)
     policy = Policy(model, 1.0)
@@ -198,6 +198,11 @@ def test_labelled_pairs_come_from_the_policy_and_follow_the_annotator(own_tokeni
     )
     settings = Annotator(temperature=0.5, length_bias=0.0, filler_bias=0.0)
     labelled = labelling.label(policy, own_tokenizer, prompts, Shorter(), settings, 12, 3, "x")
+    for side in ("chosen", "rejected"):
+        again = [own_tokenizer.decode(ids, skip_special_tokens=True) for ids in labelled.pairs[f"{side}_ids"]]
+        assert again == labelled.pairs[side].tolist()
+        assert all(ids[-1] == own_tokenizer.eos_token_id for ids in labelled.pairs[f"{side}_ids"])
+    assert labelled.summary["tokenised_otherwise_share"] == 0.0  # a word is a token here: one spelling each
     lengths = labelled.pairs[["chosen", "rejected"]].map(lambda said: len(said.split()))
     assert (lengths["chosen"] <= lengths["rejected"]).mean() > 0.8
     gap = (lengths["rejected"] - lengths["chosen"]).to_numpy() / 0.5

@@ -10,6 +10,7 @@ import torch
 from conftest import small_model
 from test_training import NoWatch, halves, rl_settings, run_ppo, scorer, variant, weights
 
+from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Monitor
 from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.language.logprobs import Policy
@@ -19,6 +20,7 @@ from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
 from rlhf_vs_dpo.training import attempts, forgetting, monitor, preference, rollouts, supervised
 from rlhf_vs_dpo.training import reward as reward_training
+from rlhf_vs_dpo.training import watched as watching
 from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
 
@@ -152,7 +154,7 @@ def gradients(module) -> torch.Tensor:
 
 
 def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
-    policy = Policy(small_model(tokenizer, scale=2.0), 1.0)
+    policy = Policy(small_model(tokenizer, scale=2.0), 0.7)  # is sampled at 0.7, and likelihood is still the model's own
     networks = Networks(policy, policy, scorer(tokenizer))
     taught = learner(networks, None, rl_settings(ptx_coefficient=0.7, ptx_batch=12), examples)
     policy(collate(examples[:3], 3)).sums().sum().backward()
@@ -163,7 +165,7 @@ def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
     chosen = [examples[i] for i in picked]
     assert taught.trained == sum(map(len, chosen))
     policy.zero_grad()
-    mean = -policy(collate(chosen, 3)).sums().sum() / sum(len(e.response) for e in chosen)
+    mean = -Policy(policy.model, 1.0)(collate(chosen, 3)).sums().sum() / sum(len(e.response) for e in chosen)
     mean.backward()
     expected = 0.7 * gradients(policy)
     assert torch.allclose(added, expected, atol=1e-4)
@@ -264,7 +266,7 @@ def test_the_watch_measures_kl_and_what_ended_is_scored(tokenizer):
     kl = np.mean([sum(token_logp(policy.model, t, 2.0)) - sum(token_logp(reference.model, t, 2.0)) for t in examples])
     assert logged[5]["heldout/kl"] == pytest.approx(kl, abs=1e-3) and kl > 0.1
     reward = scorer(tokenizer)
-    judged = monitor.scored(table, reward)
+    judged = watching.scored(table, reward, config.section(config.read_params(), "preferences"))
     judged = judged[judged["step"] == 5]
     ended = [t for t in examples if t.response[-1] == tokenizer.eos_token_id]
     assert 0 < len(ended) < 12

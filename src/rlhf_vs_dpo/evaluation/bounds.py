@@ -3,7 +3,7 @@
 import math
 
 from rlhf_vs_dpo.config import Imitation
-from rlhf_vs_dpo.evaluation.best_of_n import kl_bound, win_rate_bound
+from rlhf_vs_dpo.evaluation.order_statistics import kl_bound, win_rate_bound
 
 WINS = ("win_rate_vs_sft", "win_rate_vs_sft_by_rm")
 

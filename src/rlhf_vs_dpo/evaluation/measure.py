@@ -13,11 +13,15 @@ import pandas as pd
 from rlhf_vs_dpo.evaluation import length
 from rlhf_vs_dpo.evaluation.diversity import distinct, self_similarity
 from rlhf_vs_dpo.evaluation.statistics import NOTHING, Estimate, Resamples, same, win_share
+from rlhf_vs_dpo.preferences import annotator
 from rlhf_vs_dpo.preferences.gold import PARTS
 
 # What is measured, in the order of the tables; null where the source, or the policy, cannot tell.
 METRICS = (
-    "gold",  # gold reward
+    "preferred",  # how often the annotators who made the pairs would choose it over the SFT policy's
+    "gold",  # gold reward: what they should have chosen by
+    "utility",  # the annotator's: what they did choose by
+    "objective",  # E[utility] / T - price KL: what RLHF and DPO both maximise
     "reward",  # RM reward of responses that ended
     "win_rate_vs_sft",  # by the gold reward where the source has one, else by the reward model
     "length_controlled_win_rate",  # the same at equal length (length.py)
@@ -55,6 +59,31 @@ class Sums(NamedTuple):
     names: list[str] | None = None
 
 
+class Asked(NamedTuple):
+    """What the labels asked for: the annotator's `temperature` (None where nobody simulated made the pairs), and the `price` of a
+    nat of KL in the objective."""
+
+    temperature: float | None
+    price: float
+
+    def objective(self, utility: pd.Series, kl: pd.Series) -> pd.Series:
+        """u / T - price log(pi / ref) of each response; its mean is what RLHF and DPO both maximise. Null without an annotator."""
+        return utility / (self.temperature or 1.0) - self.price * kl
+
+    def preferred(self, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        """P that an annotator chooses each of our responses over each of theirs, from utilities: (A,), (B,) -> (A, B)."""
+        return annotator.probability(ours[:, None], theirs[None, :], self.temperature or 1.0)
+
+
+class Line(NamedTuple):
+    """What the policies of a line are measured against: `sft`, samples of its SFT policy; `demonstrations`, one row per
+    prompt_id with `gold` and `reward`; and what its labels asked for."""
+
+    sft: pd.DataFrame
+    demonstrations: pd.DataFrame
+    asked: Asked
+
+
 class Measured(NamedTuple):
     """One policy: sums per unit, and the fit of its length-controlled win rate (None where it has none)."""
 
@@ -69,22 +98,23 @@ def judged_by(samples: pd.DataFrame) -> str:
 
 def policy(
     samples: pd.DataFrame,
-    retention: pd.DataFrame | None,
-    sft: pd.DataFrame,
-    demonstrations: pd.DataFrame,
+    line: Line,
+    retention: pd.DataFrame | None = None,
     pair_rewards: pd.DataFrame | None = None,
+    judged: pd.Series | None = None,
     control_length: bool = True,
 ) -> Measured:
     """Everything that is measured of one policy.
 
-    samples, sft     `samples` tables of the policy and of the SFT policy, on the same prompts; a column `weight` of
-                     the policy's, if there is one, says how much each sample counts (best-of-n without training), and
-                     `sampled_tokens` how many tokens were sampled for it; else its own
+    samples          `samples` table of the policy, on the prompts of the line's SFT policy; a column `weight`, if there is one,
+                     says how much each sample counts (best-of-n without training), and `sampled_tokens` how many tokens were
+                     sampled for it; else its own
     retention        `retention` table of the policy; None where there is no model that could have forgotten anything
-    demonstrations   one row per prompt_id with `gold` and `reward`
     pair_rewards     rewards that the policy, as a reward model, gives to pairs; None where it is none
+    judged           prompt_id -> win (0, 1/2, 1) by the judge that takes the place of an annotator; None where there is neither
     control_length   False leaves the regression on length out
     """
+    sft, demonstrations, asked = line
     prompts = sorted(sft["prompt_id"].unique())
     weight = samples.get("weight", pd.Series(1.0, index=samples.index))
     judge = judged_by(samples)
@@ -112,14 +142,31 @@ def policy(
         )
         return Sums("prompt", shares[:, 0], shares[:, 1], share=True)
 
+    def preferred() -> Sums:
+        if asked.temperature is None:
+            values = np.full(len(prompts), np.nan) if judged is None else judged.reindex(prompts).to_numpy(float)
+            return Sums("prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True)
+        other = {prompt: values.to_numpy(float) for prompt, values in sft.groupby("prompt_id")["utility"]}
+        top, bottom = np.zeros(len(prompts)), np.zeros(len(prompts))
+        for number, p in enumerate(prompts):
+            if p in groups:
+                weights = weight[groups[p].index].to_numpy()
+                chosen = asked.preferred(groups[p]["utility"].to_numpy(float), other[p])
+                top[number], bottom[number] = weights @ chosen.mean(1), weights.sum()
+        return Sums("prompt", top, bottom, share=True)
+
+    kl = samples["logp"] - samples["reference_logp"]
     weighted = "weight" in samples  # a law, not a set of answers: nothing to count n-grams in
     sums = {
+        "preferred": preferred(),
         "gold": mean_of(samples["gold"]),
+        "utility": mean_of(samples["utility"]),
+        "objective": mean_of(asked.objective(samples["utility"], kl)),
         "reward": mean_of(samples["reward"]),
         "win_rate_vs_sft": wins(sft, judge),
         "win_rate_vs_sft_by_rm": wins(sft, "reward"),
         "win_rate_vs_demonstration": wins(demonstrations, judge),
-        "kl": mean_of(samples["logp"] - samples["reference_logp"]),
+        "kl": mean_of(kl),
         "tokens": mean_of(samples["tokens"].astype(float)),
         "sampled_tokens": mean_of(samples.get("sampled_tokens", samples["tokens"]).astype(float)),
         "finished": mean_of(samples["finished"].astype(float), share=True),
@@ -151,6 +198,19 @@ def policy(
                 parts.append((*compared, np.full(len(compared[0]), number)))
         equal_length = length.fit(*map(np.concatenate, zip(*parts, strict=True)), len(prompts))
     return Measured(sums, equal_length)
+
+
+def watched(table: pd.DataFrame, rivals: pd.DataFrame, asked: Asked) -> pd.DataFrame:
+    """A `watched` table with `kl`, `objective`, and `preferred` against `rivals`: other samples of the line's SFT policy on these
+    prompts (null where there are none)."""
+    kl = table["logp"] - table["reference_logp"]
+    preferred = pd.Series(np.nan, index=table.index)
+    if asked.temperature is not None:
+        other = {prompt: values.to_numpy(float) for prompt, values in rivals.groupby("prompt_id")["utility"]}
+        for prompt, group in table.groupby("prompt_id"):
+            if prompt in other:
+                preferred[group.index] = asked.preferred(group["utility"].to_numpy(float), other[prompt]).mean(1)
+    return table.assign(kl=kl, preferred=preferred, objective=asked.objective(table["utility"], kl))
 
 
 def pair_accuracy(pairs: pd.DataFrame) -> Sums:

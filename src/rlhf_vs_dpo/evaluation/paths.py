@@ -11,8 +11,8 @@ import pandas as pd
 
 from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples
 
-WATCHED = ("gold", "reward", "kl", "tokens", "filler", "finished")
-SHARES = ("filler", "finished")
+WATCHED = ("preferred", "gold", "utility", "objective", "reward", "kl", "tokens", "filler", "finished")
+SHARES = ("preferred", "filler", "finished")
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,14 @@ class Path:
 
 
 def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -> Path:
-    """The path of a method from the `watched` tables of its lines."""
+    """The path of a method from the `watched` tables of its lines, with what `measure.watched` adds."""
     steps = sorted(tables[0]["step"].unique())
     prompts = sorted(tables[0]["prompt_id"].unique())
-    frames = [table.assign(kl=table["logp"] - table["reference_logp"]) for table in tables]
 
     def sums(metric: str) -> tuple[np.ndarray, np.ndarray]:
         tops, bottoms = [], []
-        for frame in frames:
-            wide = frame.pivot(index="step", columns="prompt_id", values=metric).reindex(index=steps, columns=prompts)
+        for table in tables:
+            wide = table.pivot(index="step", columns="prompt_id", values=metric).reindex(index=steps, columns=prompts)
             values = wide.to_numpy(float)
             tops.append(np.nan_to_num(values))
             bottoms.append(np.isfinite(values).astype(float))
@@ -75,6 +74,17 @@ def _path(method: str, share: np.ndarray, sums: dict, kind: str, resamples: Resa
         for metric, (top, bottom) in sums.items()
     }
     return Path(method, share, points, sums, kind)
+
+
+def of_settings(method: str, rows: list[dict[str, Estimate | None]]) -> Path:
+    """The frontier of a method: its settings in the order of their KL, as measured on test prompts, the SFT policy before them.
+
+    rows    estimates by metric (`measure.row`) of the SFT policy and of each setting, none of whose KL is unknown
+    """
+    ordered = sorted(rows, key=lambda row: row["kl"].value)
+    known = [metric for metric in WATCHED if all(row[metric] is not None for row in ordered)]
+    points = {metric: [row[metric] for row in ordered] for metric in known}
+    return Path(method, np.linspace(0, 1, len(ordered)), points, {}, "prompt")
 
 
 def of_best_of_n(rows: dict[int, list[dict]], resamples: Resamples, kind: str) -> Path:

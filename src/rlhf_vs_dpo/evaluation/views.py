@@ -12,7 +12,7 @@ from rlhf_vs_dpo.evaluation.whole import Inputs, lines_of
 from rlhf_vs_dpo.preferences import answers
 
 HEADLINES = (  # of `dvc metrics show`: few enough to be read
-    "gold", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl", "tokens", "finished", "filler",
+    "preferred", "gold", "utility", "objective", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl", "tokens", "finished", "filler",
     "distinct_2", "corpus_perplexity", "fact_recall",
 )  # fmt: skip
 LEARNING = {  # column of a training curve -> column of the table
@@ -41,10 +41,8 @@ def of_methods(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rows = {}
     for name, row in found["methods"].items():
         shown = {metric: row[metric]["mean"] for metric in HEADLINES if row[metric]["mean"] is not None}
-        judge = row[found["judge"]]
         rows[file_name(name)] = shown | {
-            f"{found['judge']}_low": judge["low"],
-            f"{found['judge']}_high": judge["high"],
+            f"{axis}_{end}": row[axis][end] for axis in found["axes"] for end in ("low", "high")
         }
         if name in found["paths"]:
             rows[file_name(name)]["collapsed"] = found["spread"][name]["collapsed"]
@@ -66,8 +64,8 @@ def best_of_n(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def _judged(row: dict[str, Any], found: dict[str, Any]) -> dict[str, float | None]:
-    """What is drawn of a row: the judge's reward, whichever that is, as `value`."""
-    return flat({"value": row[found["judge"]]})
+    """What is drawn of a row: the first axis, whichever that is, as `value`."""
+    return flat({"value": row[found["axes"][0]]})
 
 
 def paths(found: dict[str, Any]) -> pd.DataFrame:
@@ -113,8 +111,8 @@ def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
     """An entry for each policy: what belongs on its MLflow run.
 
     folder, method, family, seed, settings    what it is; settings are those of its method, defaults included
-    metrics     means on test prompts under `evaluation/`, its cost with all that it needs, and `validation/<judge>`
-    steps       RM reward over training, which the training stage could not know: [(step, metrics)]
+    metrics     means on test prompts under `evaluation/`, its cost with all that it needs, and `validation/<criterion>`
+    steps       RM reward and utility over training, which the training stage could not know: [(step, metrics)]
     samples     its first texts beside prompt and reward
     """
     entries = []
@@ -130,12 +128,15 @@ def for_tracking(found: dict[str, Any], inputs: Inputs) -> list[dict[str, Any]]:
             metrics = {f"{prefix}/{name}": value for name, value in values.items()} | took
             steps, samples = [], None
             if first and folder in found["validation"]:
-                metrics[f"validation/{found['judge']}"] = found["validation"][folder]
-                means = inputs.watched[folder].groupby("step")["reward"].mean().dropna()
-                steps = [(int(step), {"heldout/reward": float(value)}) for step, value in means.items()]
+                metrics[f"validation/{found['criterion']}"] = found["validation"][folder]
+                means = inputs.watched[folder].groupby("step")[["reward", "utility"]].mean()
+                steps = [
+                    (int(step), {f"heldout/{name}": value for name, value in row.dropna().items()})
+                    for step, row in means.iterrows()
+                ]
             if first and folder in inputs.samples:
                 table = answers.first(inputs.samples[folder]).head(TEXTS)
-                samples = table[["prompt_id", "response", "gold", "reward", "tokens", "finished"]]
+                samples = table[["prompt_id", "response", "gold", "utility", "reward", "tokens", "finished"]]
             entries.append(
                 {
                     "folder": folder,

@@ -1,19 +1,24 @@
 """The whole comparison: from the tables of all policies to everything that the report says, in one dictionary."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo.config import FAMILIES, Evaluate, families, folders
-from rlhf_vs_dpo.evaluation import comparisons, cost, measure, overoptimisation, paths
+from rlhf_vs_dpo.config import FAMILIES, Evaluate, Preferences, families, folders
+from rlhf_vs_dpo.evaluation import comparisons, cost, failures, measure, overoptimisation, paths, questions
 from rlhf_vs_dpo.evaluation.best_of_n import as_samples
 from rlhf_vs_dpo.evaluation.bounds import of_best_of_n, of_imitation
-from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, holm, win_share
+from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, win_share
 from rlhf_vs_dpo.run.progress import bar
 
 LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
+AXES = (
+    "preferred",
+    "gold",
+)  # what the labels asked for, and what they should have asked for; without either, the RM reward
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class Inputs:
 
     seeds           the lines; what follows has an entry for each of them, by its seed, where a line has its own
     settings        method -> its section of params.yaml; none for the SFT policy
+    preferences     who made the pairs, and how
+    judged          folder -> wins of its policy, by prompt_id, by the judge that takes the place of an annotator (the SFT
+                    policy's are 1/2); empty where there is an annotator, or no such judge
     demonstrations  scored held-out demonstrations, with `gold`, by seed: every line has a reward model of its own
     pool            scored samples of the SFT policy, by seed
     runs            content of runs/<stage or folder>.json: what each stage cost
@@ -32,12 +40,13 @@ class Inputs:
     policies: Any
     seeds: list[int]
     settings: dict[str, Any]
-    own_pairs: bool
+    preferences: Preferences
     reward_settings: Any
     samples: dict[str, pd.DataFrame]
     retention: dict[str, pd.DataFrame]
     watched: dict[str, pd.DataFrame]
     pair_rewards: dict[str, pd.DataFrame]
+    judged: dict[str, pd.Series]
     demonstrations: dict[int, pd.DataFrame]
     pool: dict[int, pd.DataFrame]
     runs: dict[str, dict[str, Any]]
@@ -53,6 +62,16 @@ class Inputs:
     def sft(self) -> list[pd.DataFrame]:
         """Samples of the SFT policy of each line."""
         return [self.samples[folder] for folder in self.members["sft"]]
+
+    def asked(self, settings: Evaluate) -> measure.Asked:
+        """What the labels asked for, as far as it is known."""
+        simulated = self.preferences.source == "annotator" and self.sft[0]["utility"].notna().any()
+        return measure.Asked(self.preferences.annotator.temperature if simulated else None, settings.price)
+
+    def lines(self, settings: Evaluate) -> list[measure.Line]:
+        """What the policies of each line are measured against."""
+        asked = self.asked(settings)
+        return [measure.Line(sft, self.demonstrations[s], asked) for sft, s in zip(self.sft, self.seeds, strict=True)]
 
     def drawn(self, split: str) -> list[pd.DataFrame]:
         """The part of each line's pool that is of a split; of test, on the prompts that policies are sampled on."""
@@ -78,37 +97,70 @@ class Row:
 def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
     """Measure, compare, fit and add up; see the keys below. Numbers are means with 95 % intervals unless they say else."""
     resamples = Resamples(settings.resamples, seed)
-    judge = measure.judged_by(inputs.sft[0])
-    rows = _rows(inputs)
+    judge, asked = measure.judged_by(inputs.sft[0]), inputs.asked(settings)
+    rows = _rows(inputs, inputs.lines(settings))
     estimates = {row.name: measure.row(row.measured, resamples) for row in rows}
     methods = {name: measure.intervals(row) for name, row in estimates.items()}
+    axes = [axis for axis in AXES if methods["sft"][axis]["mean"] is not None] or ["reward"]
     members, of_family = inputs.members, families(inputs.policies)
+    rivals = [pool[["prompt_id", "utility"]] for pool in inputs.drawn("validation")]
+    watched = {
+        folder: measure.watched(inputs.watched[folder], other, asked)
+        for method, of in members.items()
+        if method != "sft"
+        for folder, other in zip(of, rivals, strict=True)
+    }
     walked = {
-        method: paths.of_training(method, [inputs.watched[folder] for folder in of], resamples)
+        method: paths.of_training(method, [watched[folder] for folder in of], resamples)
         for method, of in members.items()
         if method != "sft"
     }
     costs = _costs(inputs, rows, methods)
-    best, wide, curve = _best_of_n(inputs, resamples)
+    best, deep_path, wide, curve = _best_of_n(inputs, inputs.lines(settings), resamples)
+    frontiers = _frontiers(settings, estimates)
+    watched_axes = [axis for axis in axes if any(np.isfinite(path.values(axis)).any() for path in walked.values())]
+    criterion = next(iter(watched_axes), judge)
     return {
+        "axes": axes,
         "judge": judge,
+        "asked": {
+            "temperature": asked.temperature,
+            "price": asked.price,
+            "judge": settings.preferred_by if inputs.judged else None,
+        },
         "seeds": inputs.seeds,
+        "answers": len(inputs.seeds) >= questions.LINES,
         "prompts": int(inputs.sft[0]["prompt_id"].nunique()),
         "method_of": {row.name: row.method for row in rows},
         "families": {row.name: of_family[row.method] if row.trained else "best_of_n" for row in rows},
         "methods": methods,
         "runs": {row.name: _runs(row) for row in rows},
-        "spread": {row.name: _spread(row, rows[0], judge, settings) for row in rows},
-        "differences": _differences(rows, estimates, judge, resamples),
+        "spread": {row.name: _spread(row, rows[0], judge, axes, settings) for row in rows},
+        "questions": {
+            axis: questions.answered(
+                settings.questions, {name: row[axis] for name, row in estimates.items()}, resamples
+            )
+            for axis in axes
+        },
+        "differences": _differences(rows, estimates, axes, judge, resamples),
         "paths": {method: _points(path) for method, path in walked.items()},
         "best_of_n_path": _points(best),
         "overoptimisation": _laws(walked, best),
+        "failures": _failures(walked, deep_path, resamples, seed),
+        "frontiers": {method: _points(path) for method, path in frontiers.items()},
         "equal_kl": {
-            method: {f"{kl:g}": _at_kl(path, judge, kl) for kl in settings.equal_kl}
-            for method, path in ({**walked, "best of n": best}).items()
+            axis: {
+                method: {f"{kl:g}": _at_kl(frontiers.get(method), path, axis, kl) for kl in settings.equal_kl}
+                for method, path in ({**walked, "best of n": best}).items()
+            }
+            for axis in watched_axes
         },
-        "equal_compute": _equal_compute(walked, costs, judge, settings),
-        "own_best": _own_best(walked, judge, resamples, seed) | _own_n(inputs, best, resamples, judge),
+        "equal_compute": _equal_compute(walked, costs, watched_axes, settings),
+        "own_best": {
+            axis: _own_best(walked, axis, resamples, seed)
+            | _own_n(inputs, inputs.lines(settings), best, resamples, axis)
+            for axis in watched_axes
+        },
         "cost": costs,
         "biases": _biases(methods, list(inputs.pairs.values())),
         "length": _by_length(rows, judge)
@@ -122,9 +174,10 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
         "best_of_n": curve,
         "best_of_n_wide": wide,
         "deep_prompts": _deep(inputs)[0]["prompt_id"].nunique(),
+        "criterion": criterion,
         "validation": {
-            folder: float(table.loc[table["step"] == table["step"].max(), judge].mean())
-            for folder, table in inputs.watched.items()
+            folder: float(table.loc[table["step"] == table["step"].max(), criterion].mean())
+            for folder, table in watched.items()
         },
     }
 
@@ -133,32 +186,60 @@ def _interval(estimate: Estimate | None) -> dict[str, float | None] | None:
     return None if estimate is None else estimate.interval()
 
 
-def _at_kl(path: paths.Path, judge: str, kl: float) -> dict[str, Any] | None:
-    read = comparisons.at_kl(path, judge, kl)
-    return None if read is None else read.interval() | {"between": comparisons.seen_around(path, kl)}
+def _at_kl(frontier: paths.Path | None, path: paths.Path, metric: str, kl: float) -> dict[str, Any] | None:
+    """Read from several settings of the method where there are any, else along one run of training (a path)."""
+    for kind, of in (("settings", frontier), ("path", path)):
+        if of is not None and metric in of.points and (read := comparisons.at_kl(of, metric, kl)) is not None:
+            return read.interval() | {"between": comparisons.seen_around(of, kl), "read": kind}
+    return None
 
 
-def _rows(inputs: Inputs) -> list[Row]:
+def _frontiers(settings: Evaluate, estimates: dict) -> dict[str, paths.Path]:
+    """method -> its settings in the order of their KL, of those methods of which several were run."""
+    found = {}
+    for method, names in settings.settings_of.items():
+        known = [
+            estimates[name]
+            for name in names
+            if name in estimates and estimates[name]["kl"].interval()["mean"] is not None
+        ]
+        if len(known) > 1:
+            found[method] = paths.of_settings(method, [estimates["sft"], *known])
+    return found
+
+
+def _failures(walked: dict[str, paths.Path], deep: paths.Path, resamples: Resamples, seed: int) -> dict[str, Any]:
+    """Bias amplified and reward model exploited: of each method over training, and of best-of-n up to some n."""
+    found = {method: failures.of_path(path, resamples, seed) for method, path in walked.items()}
+    for points, n in enumerate(deep.share, 1):
+        if points > 2:
+            found[f"best of {n:g}"] = failures.of_path(deep, resamples, seed, points)
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def _rows(inputs: Inputs, lines: list[measure.Line]) -> list[Row]:
     """Every method, and the ways to use one: another control token, best-of-n without training."""
     rows = []
-    demonstrations = [inputs.demonstrations[seed] for seed in inputs.seeds]
     with bar(sum(map(len, inputs.members.values())), "measure", "policy") as progress:
         for method, of in inputs.members.items():
             # The first suffix is how the policy is meant to be prompted; others are rows of their own.
             for number, suffix in enumerate(dict.fromkeys(inputs.samples[of[0]]["suffix"])):
                 tables = [inputs.samples[f][inputs.samples[f]["suffix"] == suffix].reset_index(drop=True) for f in of]
                 measured = [
-                    measure.policy(table, inputs.retention[f], sft, demos, inputs.pair_rewards.get(f))
-                    for f, table, sft, demos in zip(of, tables, inputs.sft, demonstrations, strict=True)
+                    measure.policy(
+                        table,
+                        line,
+                        inputs.retention[f],
+                        inputs.pair_rewards.get(f),
+                        None if number else inputs.judged.get(f),
+                    )
+                    for f, table, line in zip(of, tables, lines, strict=True)
                 ]
                 rows.append(Row(method if number == 0 else f"{method} {suffix}", method, tables, measured, of))
             progress.update(len(of))
     for n in inputs.policies.best_of_n:
         name, tables = f"best_of_{n}", [as_samples(drawn, n) for drawn in inputs.drawn("test")]
-        measured = [
-            measure.policy(table, None, sft, demos)
-            for table, sft, demos in zip(tables, inputs.sft, demonstrations, strict=True)
-        ]
+        measured = [measure.policy(table, line) for table, line in zip(tables, lines, strict=True)]
         rows.append(Row(name, name, tables, measured, [f"{name}-{seed}" for seed in inputs.seeds], trained=False))
     return rows
 
@@ -177,28 +258,35 @@ def _runs(row: Row) -> dict[str, dict[str, float]]:
     return found
 
 
-def _spread(row: Row, sft: Row, judge: str, settings: Evaluate) -> dict[str, Any]:
-    """How the lines of a method differ, and in which of them it collapsed, measured against the SFT policy of the line."""
+def _spread(row: Row, sft: Row, judge: str, axes: list[str], settings: Evaluate) -> dict[str, Any]:
+    """How the lines of a method differ on each axis, and in which of them it collapsed, measured against the SFT policy of the line."""
     runs, starts = list(_runs(row).values()), list(_runs(sft).values())
-    values = [run[judge] for run in runs if judge in run]
     collapsed = [
         run["finished"] < settings.collapse.finished_below
         or run.get(judge, -np.inf) - start.get(judge, np.inf) < settings.collapse.gain_below
         for run, start in zip(runs, starts, strict=True)
     ]
-    return {
+    spread = {}
+    for axis in axes:
+        values = [run[axis] for run in runs if axis in run]
+        spread[axis] = {
+            "standard_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "lowest": min(values, default=None),
+            "highest": max(values, default=None),
+        }
+    return spread | {
         "lines": len(runs),
-        "standard_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "lowest": min(values, default=None),
-        "highest": max(values, default=None),
         "collapsed": float(np.mean(collapsed)) if row.name != "sft" else 0.0,
     }
 
 
-def _differences(rows: list[Row], estimates: dict, judge: str, resamples: Resamples) -> list[dict[str, Any]]:
-    """Every two rows: a - b in the judge's reward, within each line, with Holm's correction over all of them, and who wins how
-    often, line by line."""
-    whole = {row.name: all(judge in run for run in _runs(row).values()) for row in rows}
+def _differences(
+    rows: list[Row], estimates: dict, axes: list[str], judge: str, resamples: Resamples
+) -> list[dict[str, Any]]:
+    """Every two rows: a - b on each axis, within each line, and how often a response of a's wins by the judge, line by line.
+
+    Exploratory: of so many pairs some differ by chance, and nothing here is a p-value.
+    """
     answers = [[_answers(table, judge) for table in row.tables] for row in rows]
     found = []
     with bar(len(rows) * (len(rows) - 1) // 2, "pairs of policies", "pair") as progress:
@@ -211,14 +299,14 @@ def _differences(rows: list[Row], estimates: dict, judge: str, resamples: Resamp
                     for prompt, (ours, weight) in mine.items()
                     if prompt in theirs
                 ]
-                gap = resamples.difference(estimates[a.name][judge], estimates[b.name][judge])
-                # Where a run says nothing that ends, the runs that are left do not speak for the method.
-                p = gap.p_value() if whole[a.name] and whole[b.name] else None
+                gaps = {}
+                for axis in axes:
+                    one, other = estimates[a.name][axis], estimates[b.name][axis]
+                    none = one is None or other is None
+                    gaps[axis] = dict(measure.NOTHING) if none else resamples.difference(one, other).interval()
                 wins = float(np.mean(shares)) if shares else None
-                found.append({"a": a.name, "b": b.name} | gap.interval() | {"p": p, "wins": wins})
+                found.append({"a": a.name, "b": b.name, "wins": wins} | gaps)
                 progress.update()
-    for entry, corrected in zip(found, holm([entry["p"] for entry in found]), strict=True):
-        entry["p_holm"] = corrected
     return found
 
 
@@ -241,7 +329,7 @@ def _laws(walked: dict[str, paths.Path], best: paths.Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method, path in {**walked, "best of n": best}.items():
         form = "best_of_n" if method == "best of n" else "rl"
-        for metric in ("gold", "reward"):
+        for metric in ("gold", "utility", "reward"):
             law = overoptimisation.fit(path, metric, form)
             if law is None:
                 continue
@@ -253,53 +341,59 @@ def _laws(walked: dict[str, paths.Path], best: paths.Path) -> dict[str, Any]:
     return found
 
 
-def _equal_compute(walked: dict, costs: dict, judge: str, settings: Evaluate) -> dict[str, Any]:
+def _equal_compute(walked: dict, costs: dict, axes: list[str], settings: Evaluate) -> dict[str, Any]:
     most = max((costs[method]["total"]["flops"] for method in walked), default=0.0)
     return {
         "flops": {f"{share:g}": share * most for share in settings.equal_compute},
-        "methods": {
-            method: {
-                f"{share:g}": _interval(
-                    comparisons.at_compute(
-                        path, judge, costs[method]["upstream"]["flops"], costs[method]["own"]["flops"], share * most
+        "axes": {
+            axis: {
+                method: {
+                    f"{share:g}": _interval(
+                        comparisons.at_compute(
+                            path, axis, costs[method]["upstream"]["flops"], costs[method]["own"]["flops"], share * most
+                        )
                     )
-                )
-                for share in settings.equal_compute
+                    for share in settings.equal_compute
+                }
+                for method, path in walked.items()
             }
-            for method, path in walked.items()
+            for axis in axes
         },
     }
 
 
-def _own_best(walked: dict[str, paths.Path], judge: str, resamples: Resamples, seed: int) -> dict[str, Any]:
+def _own_best(walked: dict[str, paths.Path], axis: str, resamples: Resamples, seed: int) -> dict[str, Any]:
     found = {}
     for method, path in walked.items():
-        best = comparisons.own_best(path, judge, resamples, seed)
+        best = comparisons.own_best(path, axis, resamples, seed)
         if best is not None:
             value, gained, share = best
             found[method] = {"value": value.interval(), "gained": gained.interval(), "at": share, "on": "validation"}
     return found
 
 
-def _own_n(inputs: Inputs, best: paths.Path, resamples: Resamples, judge: str) -> dict[str, Any]:
+def _own_n(
+    inputs: Inputs, lines: list[measure.Line], best: paths.Path, resamples: Resamples, axis: str
+) -> dict[str, Any]:
     """Best-of-n with the n that is best on validation prompts, and what it is worth on test prompts."""
     drawn = inputs.drawn("test")
     most = min(int(pool.groupby("prompt_id").size().min()) for pool in drawn)
     allowed = best.share <= most
-    values = best.values(judge)[allowed]
+    values = best.values(axis)[allowed]
     if not np.isfinite(values).any():
         return {}
     n = int(best.share[allowed][int(np.nanargmax(values))])
-    value = measure.row(_measured(inputs, drawn, inputs.sft, n), resamples)[judge]
+    value = measure.row(_measured(drawn, lines, n), resamples)[axis]
     return {"best of n": {"value": value.interval(), "gained": None, "at": n, "on": "test"}}
 
 
-def _measured(inputs: Inputs, drawn: list[pd.DataFrame], others: list[pd.DataFrame], n: int) -> list[measure.Measured]:
-    """Best of n of each line's pool, against the SFT policy's samples `others`."""
-    nothing = inputs.demonstrations[inputs.seeds[0]].head(0)
+def _measured(drawn: list[pd.DataFrame], lines: list[measure.Line], n: int) -> list[measure.Measured]:
+    """Best of n of each line's pool."""
     return [
-        measure.policy(as_samples(pool, n), None, theirs, nothing, control_length=False)
-        for pool, theirs in zip(drawn, others, strict=True)
+        measure.policy(
+            as_samples(pool, n), line._replace(demonstrations=line.demonstrations.head(0)), control_length=False
+        )
+        for pool, line in zip(drawn, lines, strict=True)
     ]
 
 
@@ -312,28 +406,37 @@ def _deep(inputs: Inputs) -> list[pd.DataFrame]:
     return parts
 
 
-def _best_of_n(inputs: Inputs, resamples: Resamples) -> tuple[paths.Path, list[dict], list[dict]]:
-    """Best-of-n over n, three times: its path on validation prompts, to compare and to fit; on all test prompts, as far as
-    all have samples; and as deep as the pool goes, on the prompts that go so deep."""
+def _best_of_n(
+    inputs: Inputs, lines: list[measure.Line], resamples: Resamples
+) -> tuple[paths.Path, paths.Path, list[dict], list[dict]]:
+    """Best-of-n over n: its path on validation prompts, to compare and to fit; that as deep as the pool goes, on the test prompts
+    that go so deep; and curves of all metrics, on all test prompts as far as all have samples, and on those that go deep."""
     held, wide, deep = inputs.drawn("validation"), inputs.drawn("test"), _deep(inputs)
-    like = [pool.drop_duplicates("prompt_id").assign(suffix="") for pool in held]
-    plan = [(held, like, n) for n in _powers(held[0])]
-    plan += [(pools, inputs.sft, n) for pools in (wide, deep) for n in _powers(pools[0])]
+    # On validation prompts the SFT policy's other samples are those of the pool: the first of each prompt is what is beaten.
+    like = [
+        line._replace(sft=pool[pool["sample"] == 0].assign(suffix="")) for pool, line in zip(held, lines, strict=True)
+    ]
+    plan = [
+        (pools, others, n) for pools, others in ((held, like), (wide, lines), (deep, lines)) for n in _powers(pools[0])
+    ]
     measured = []
     with bar(len(plan), "best of n", "n") as progress:
         for pools, others, n in plan:
-            measured.append(_measured(inputs, pools, others, n))
+            measured.append(_measured(pools, others, n))
             progress.update()
-    first, second = len(_powers(held[0])), len(_powers(held[0])) + len(_powers(wide[0]))
-    rows = {n: [line.sums for line in of] for (_, _, n), of in zip(plan[:first], measured[:first], strict=True)}
-    curves = [
-        [
-            {"n": n} | measure.intervals(measure.row(of, resamples))
-            for (_, _, n), of in zip(plan[start:end], measured[start:end], strict=True)
-        ]
-        for start, end in ((first, second), (second, len(plan)))
+    ends = np.cumsum([0, *(len(_powers(pools[0])) for pools in (held, wide, deep))])
+    parts = [
+        [(n, of) for (_, _, n), of in zip(plan[start:end], measured[start:end], strict=True)]
+        for start, end in pairwise(ends)
     ]
-    return paths.of_best_of_n(rows, resamples, "validation prompt of the pool"), *curves
+
+    def path(part: list, kind: str) -> paths.Path:
+        return paths.of_best_of_n({n: [line.sums for line in of] for n, of in part}, resamples, kind)
+
+    def curve(part: list) -> list[dict]:
+        return [{"n": n} | measure.intervals(measure.row(of, resamples)) for n, of in part]
+
+    return path(parts[0], "validation prompt of the pool"), path(parts[2], "prompt"), curve(parts[1]), curve(parts[2])
 
 
 def _powers(pool: pd.DataFrame) -> list[int]:
@@ -426,7 +529,9 @@ def _bounds(inputs: Inputs, methods: dict, curve: list[dict]) -> dict[str, Any]:
     compared = sum(len(sft) for sft in inputs.sft)
     deep = lines * int(inputs.sft[0]["prompt_id"].isin(_deep(inputs)[0]["prompt_id"]).sum())
     parts = [
-        of_imitation(name, methods[name], inputs.settings[name], inputs.own_pairs, samples_each, compared)
+        of_imitation(
+            name, methods[name], inputs.settings[name], inputs.preferences.source == "dataset", samples_each, compared
+        )
         for name in inputs.policies.imitation
     ]
     parts += [of_best_of_n(f"best_of_{n}", methods[f"best_of_{n}"], n, compared) for n in inputs.policies.best_of_n]

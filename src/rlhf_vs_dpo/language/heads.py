@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.models import Network, device, load, load_own
+from rlhf_vs_dpo.language.models import Network, device, in_float32, load, load_own
 from rlhf_vs_dpo.language.states import states
 from rlhf_vs_dpo.language.text import Batch
 
@@ -21,8 +21,8 @@ class Scorer(Network):
     def forward(self, batch: Batch, where: Tensor) -> Tensor:
         """Normalised scalar at the N True places of `where` (B, T), in their order, (N,) float32."""
         config = self.model.config
-        raw = self.head(states(self.model, batch, where))[:, 0]
-        return (raw.float() - config.reward_shift) / config.reward_scale
+        raw = in_float32(self.head, states(self.model, batch, where))[:, 0]
+        return (raw - config.reward_shift) / config.reward_scale
 
     @property
     def head(self) -> nn.Linear:

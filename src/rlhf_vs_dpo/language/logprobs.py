@@ -1,8 +1,8 @@
 """The only room that turns hidden states into log pi(y|x).
 
 Three rules hold for every log-probability of the project: it is taken under the distribution that is sampled from
-(logits divided by the sampling temperature), in float32, and at response tokens only: the vocabulary projection never
-runs at a prompt or padding position.
+(logits divided by the sampling temperature; likelihoods of given texts, in SFT and in PPO-ptx, are the model's own, at 1), in
+float32 with the vocabulary projection itself, and at response tokens only.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.models import Network
+from rlhf_vs_dpo.language.models import Network, in_float32
 from rlhf_vs_dpo.language.states import before, states
 from rlhf_vs_dpo.language.text import Batch
 
@@ -64,23 +64,27 @@ class Policy(Network):
         """Id of the token that ends a response."""
         return self.model.config.eos_token_id
 
-    def forward(self, batch: Batch) -> TokenLogprobs:
+    def forward(self, batch: Batch, temperature: float | None = None) -> TokenLogprobs:
+        """Log-probabilities at the policy's own temperature, unless another is given."""
         mask = batch.response_mask
-        log_distribution = self.distributions(batch)
+        log_distribution = self.distributions(batch, temperature)
         chosen = log_distribution.gather(-1, batch.input_ids[mask][:, None])[:, 0]  # (N,)
         with torch.no_grad():
             entropy = -(log_distribution.exp() * log_distribution).sum(-1)
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, empty.masked_scatter(mask, entropy))
 
-    def distributions(self, batch: Batch) -> Tensor:
+    def distributions(self, batch: Batch, temperature: float | None = None) -> Tensor:
         """Log-probabilities of every token at the states before the N response tokens, in their order, (N, V) float32."""
-        logits = self.project(states(self.model, batch, before(batch.response_mask))).float()
-        return (suppress(logits, self.model) / self.temperature).log_softmax(-1)
+        logits = self.project(states(self.model, batch, before(batch.response_mask)))
+        return (suppress(logits, self.model) / (temperature or self.temperature)).log_softmax(-1)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits of hidden states (N, d) -> (N, V); `check_projection` proves that this is the model's own."""
-        return self.model.get_output_embeddings()(hidden)
+        """Vocabulary logits of hidden states (N, d) -> (N, V) float32; `check_projection` proves that this is the model's own.
+
+        bf16 would step by 1/8 between logits of 16 and 32.
+        """
+        return in_float32(self.model.get_output_embeddings(), hidden)
 
 
 def check_projection(policy: Policy, batch: Batch) -> None:

@@ -32,6 +32,12 @@ def autocast(device: torch.device):
     return nullcontext()
 
 
+def in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A vocabulary or scalar head on hidden states, in float32 whatever `autocast` says of the rest."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.float())
+
+
 def quiet(model: nn.Module) -> nn.Module:
     """Switch dropout off for good: with it, a policy differs from itself (ratio != 1, KL != 0 before any update)."""
     for module in model.modules():
@@ -58,6 +64,11 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
 
 
+def context_of(config) -> int:
+    """Tokens that fit into the context of a model."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20)
+
+
 class Network(nn.Module):
     """A Hugging Face model under a head of ours, and what everyone who feeds it must know of it."""
 
@@ -73,7 +84,7 @@ class Network(nn.Module):
     @property
     def context(self) -> int:
         """Tokens that fit into the model's context."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+        return context_of(self.model.config)
 
     @property
     def budget(self) -> int:
@@ -118,13 +129,14 @@ def from_scratch(settings: Scratch, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return quiet(LlamaForCausalLM(config))
+    return never_say(quiet(LlamaForCausalLM(config)), [config.pad_token_id, config.bos_token_id])
 
 
 def pretrained(settings: Base):
     """(model, tokenizer) from a Hub id with revision, a local folder, or a folder with one GGUF file.
 
-    A PAD that is missing or equals EOS is replaced by a token of its own, or the policy would never learn to stop.
+    A PAD that is missing or equals EOS is replaced by a token of its own, or the policy would never learn to stop. It is never
+    said, nor is a BOS that has no other meaning.
     """
     name = settings.pretrained
     model, tokenizer = load(name, "AutoModelForCausalLM", _origin(name, settings.revision))
@@ -132,14 +144,15 @@ def pretrained(settings: Base):
         raise ModelError(f"{name}: its tokenizer has no EOS token, so that no response could end")
     tokenizer.clean_up_tokenization_spaces = False
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        known = len(tokenizer)
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        start_at_mean(model, [tokenizer.pad_token_id], known)
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.bos_token_id = tokenizer.bos_token_id
-    return model, tokenizer
+    silent = {tokenizer.pad_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id, None}
+    return never_say(model, sorted(silent)), tokenizer
 
 
 def pretrained_tokenizer(name: str, revision: str | None):
@@ -176,6 +189,17 @@ def load_policy(folder: Path):
     """(model, tokenizer) of a folder that a stage wrote, float32, dropout off, in eval mode, on `device()`."""
     model, tokenizer = load_own(folder, "AutoModelForCausalLM")
     return model.to(device()), tokenizer
+
+
+def tokenizer_and_context(folder: Path):
+    """(tokenizer, context) of a folder that a stage wrote, without its weights."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer, context_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:
+        raise _unloadable(str(folder), "AutoTokenizer", error) from error
 
 
 def load_own(folder: Path, kind: str):
@@ -251,6 +275,34 @@ def prompt_suffixes(model) -> list[str]:
     return list(getattr(model.config, "prompt_suffixes", None) or [""])
 
 
+def start_at_mean(model: nn.Module, ids: list[int], known: int) -> None:
+    """Embeddings of new tokens (a row for each is made where there is none), in and out, at the mean of the `known` ones.
+
+    A random row is no neutral start: where all logits lie far below 0 (GPT-2: about -35), that of a random row lies near 0, and its
+    token takes all of the probability.
+    """
+    if max(ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for weights in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weights[ids] = weights[:known].mean(0)
+        if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+            bias[ids] = bias[:known].mean()
+
+
+def never_say(model: nn.Module, ids: list[int]) -> nn.Module:
+    """Add to the tokens that a policy never says; written into its folder (`suppress_tokens` of the generation config)."""
+    config = model.generation_config
+    config.suppress_tokens = sorted({*(config.suppress_tokens or []), *ids})
+    return model
+
+
+def sampled_at(model: nn.Module, temperature: float) -> None:
+    """Write into the generation config how the policy is sampled: who loads its folder generates from the same distribution."""
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, temperature, 0, 1.0
+
+
 def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
     """Give model and tokenizer new tokens to be prompted by: embeddings resized, never said, written into the folder.
 
@@ -260,14 +312,10 @@ def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
     tokenizer.add_tokens(tokens, special_tokens=True)
     if len(tokenizer) != known + len(tokens):
         raise ModelError(f"the tokenizer has one of {', '.join(tokens)} already, with a meaning of its own")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    with torch.no_grad():
-        for weights in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            weights[ids] = weights[:known].mean(0)
+    start_at_mean(model, ids, known)
+    never_say(model, ids)
     model.config.prompt_suffixes = tokens
-    model.generation_config.suppress_tokens = ids
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -164,19 +164,34 @@ def encode(
     return encoded
 
 
-def encode_pairs(tokenizer, pairs: pd.DataFrame, context: int) -> Pairs:
-    """Tokenise a `pairs` table; raises DataError as `encode` does."""
-    chosen, rejected = (
-        encode(tokenizer, pairs["prompt"], pairs[side], pairs["pair_id"], context) for side in ("chosen", "rejected")
-    )
-    return Pairs(chosen, rejected, list(pairs["pair_id"]))
+def encode_pairs(tokenizer, pairs: pd.DataFrame, context: int, suffix: str = "") -> Pairs:
+    """A `pairs` table as tokens, `suffix` behind its prompts: responses that were sampled as they were sampled, others tokenised.
+
+    Raises DataError as `encode` does. (A text may be spelled by several sequences of tokens: its tokenisation may be another than the one
+    that was sampled, which no policy need ever say.)
+    """
+    names = pairs["pair_id"]
+    if pairs["chosen_ids"].isna().any():
+        sides = [
+            encode(tokenizer, pairs["prompt"], pairs[side], names, context, suffix) for side in ("chosen", "rejected")
+        ]
+        return Pairs(*sides, list(names))
+    prompts = encode_prompts(tokenizer, list(pairs["prompt"]), suffix)
+    sides = [
+        [Tokens(prompt, list(ids)) for prompt, ids in zip(prompts, pairs[f"{side}_ids"], strict=True)]
+        for side in ("chosen", "rejected")
+    ]
+    for side in sides:
+        check_context([len(tokens) for tokens in side], names, context, "prompt and response together")
+    return Pairs(*sides, list(names))
 
 
-def documents(tokenizer, texts: pd.Series, context: int) -> list[Tokens]:
+def documents(tokenizer, texts: pd.Series, context: int, most: int | None = None) -> list[Tokens]:
     """A corpus for language modelling: BOS alone is the prompt, so that every token of the text is predicted.
 
-    Documents longer than the context are cut there: a corpus is running text, and its head is as good as its tail.
+    Documents longer than the context, or than `most` tokens, are cut there: a corpus is running text, and its head is as good as its tail.
     """
+    context = min(context, most or context)
     head = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     if not len(texts):
         return []

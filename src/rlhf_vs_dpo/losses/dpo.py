@@ -29,18 +29,29 @@ from torch import Tensor
 
 
 class PairLoss(NamedTuple):
-    """Per pair, each (B,): the loss, and the detached implicit rewards of the chosen and the rejected response."""
+    """Per pair, each (B,), detached but for the loss.
+
+    loss                            what is minimised
+    chosen_reward, rejected_reward  implicit rewards of the two responses
+    weight                          - dL/ds, s the margin of implicit rewards: how hard the pair still pulls. sigmoid(-s) for DPO (eq. 7's
+                                    gradient): the more, the more wrongly the policy orders the pair
+    """
 
     loss: Tensor
     chosen_reward: Tensor
     rejected_reward: Tensor
+    weight: Tensor
+
+
+def logistic(reward_w: Tensor, reward_l: Tensor, shift: float = 0.0) -> PairLoss:
+    """- log sigmoid(s - shift) of the margin s between two implicit rewards."""
+    s = reward_w - reward_l - shift
+    return PairLoss(-F.logsigmoid(s), reward_w.detach(), reward_l.detach(), (-s.detach()).sigmoid())
 
 
 def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> PairLoss:
     """Eq. 7 from log-probabilities of whole responses under pi and ref, each (B,)."""
-    reward_w = beta * (chosen - ref_chosen)
-    reward_l = beta * (rejected - ref_rejected)
-    return PairLoss(-F.logsigmoid(reward_w - reward_l), reward_w.detach(), reward_l.detach())
+    return logistic(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
 
 
 def cdpo(
@@ -51,7 +62,8 @@ def cdpo(
     reward_l = beta * (rejected - ref_rejected)
     s = reward_w - reward_l
     loss = -(1 - label_smoothing) * F.logsigmoid(s) - label_smoothing * F.logsigmoid(-s)
-    return PairLoss(loss, reward_w.detach(), reward_l.detach())
+    weight = (-s.detach()).sigmoid() - label_smoothing
+    return PairLoss(loss, reward_w.detach(), reward_l.detach(), weight)
 
 
 def ln_dpo(
@@ -64,6 +76,4 @@ def ln_dpo(
     beta: float,
 ) -> PairLoss:
     """Length-normalised DPO; `*_tokens` are |y|, each (B,)."""
-    reward_w = beta * (chosen - ref_chosen) / chosen_tokens
-    reward_l = beta * (rejected - ref_rejected) / rejected_tokens
-    return PairLoss(-F.logsigmoid(reward_w - reward_l), reward_w.detach(), reward_l.detach())
+    return logistic(beta * (chosen - ref_chosen) / chosen_tokens, beta * (rejected - ref_rejected) / rejected_tokens)

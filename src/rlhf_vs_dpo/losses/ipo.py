@@ -20,4 +20,5 @@ from rlhf_vs_dpo.losses.dpo import PairLoss
 def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, tau: float) -> PairLoss:
     """Eq. 17 from log-probabilities of whole responses under pi and ref, each (B,); implicit rewards are tau * h."""
     h_w, h_l = chosen - ref_chosen, rejected - ref_rejected
-    return PairLoss((h_w - h_l - 1 / (2 * tau)) ** 2, (tau * h_w).detach(), (tau * h_l).detach())
+    short = h_w - h_l - 1 / (2 * tau)  # of the target
+    return PairLoss(short**2, (tau * h_w).detach(), (tau * h_l).detach(), -2 * short.detach() / tau)

@@ -10,16 +10,13 @@ Where we differ: nothing. `gamma` is the paper's; the official code and open-ins
 instead, and TRL calls it `simpo_gamma`.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_vs_dpo.losses.dpo import PairLoss
+from rlhf_vs_dpo.losses.dpo import PairLoss, logistic
 
 
 def simpo(
     chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor, beta: float, gamma: float
 ) -> PairLoss:
     """Eq. 6 from log-probabilities of whole responses under pi and their lengths |y|, each (B,)."""
-    reward_w = beta * chosen / chosen_tokens
-    reward_l = beta * rejected / rejected_tokens
-    return PairLoss(-F.logsigmoid(reward_w - reward_l - gamma), reward_w.detach(), reward_l.detach())
+    return logistic(beta * chosen / chosen_tokens, beta * rejected / rejected_tokens, gamma)

@@ -12,8 +12,9 @@ params.yaml (`preferences.annotator`).
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from rlhf_vs_dpo.config import Annotator
+from rlhf_vs_dpo.config import Annotator, Preferences
 
 
 class Choice(NamedTuple):
@@ -28,8 +29,22 @@ def utility(gold: np.ndarray, tokens: np.ndarray, filler: np.ndarray, settings: 
     return gold + settings.length_bias * tokens + settings.filler_bias * np.nan_to_num(filler)
 
 
+def column(judged: pd.DataFrame, settings: Preferences) -> pd.Series:
+    """u(y) of each row of a table with `gold`, `tokens` and `filler`; all null where the pairs are those of a data set, for
+    nobody knows what their annotators wanted."""
+    if settings.source != "annotator":
+        return pd.Series(np.nan, index=judged.index)
+    of = (judged[name].to_numpy(float) for name in ("gold", "tokens", "filler"))
+    return pd.Series(utility(*of, settings.annotator), index=judged.index)
+
+
+def probability(first: np.ndarray, second: np.ndarray, temperature: float) -> np.ndarray:
+    """P(first is chosen over second) of responses of these utilities: the sigmoid, without overflow."""
+    return 0.5 * (1 + np.tanh((first - second) / temperature / 2))
+
+
 def choose(first: np.ndarray, second: np.ndarray, settings: Annotator, rng: np.random.Generator) -> Choice:
     """Choices between responses of utility `first` and `second`, each (N,)."""
-    p_first = 0.5 * (1 + np.tanh((first - second) / settings.temperature / 2))  # the sigmoid, without overflow
+    p_first = probability(first, second, settings.temperature)
     chosen = rng.random(len(first)) < p_first
     return Choice(chosen, np.where(chosen, p_first, 1 - p_first))

@@ -36,6 +36,7 @@ def label(
     both = pd.concat([rows.assign(sample=0), rows.assign(sample=1)], ignore_index=True)
     drawn = generate_together(policy, prompts_of(tokenizer, both), list(both["sample"]), max_new_tokens, seed, what)
     both["response"] = decode(tokenizer, drawn.tokens)
+    both["response_ids"] = [tokens.response for tokens in drawn.tokens]
     both["tokens"] = [len(tokens.response) for tokens in drawn.tokens]
     both["finished"] = drawn.finished
     scored = both.join(gold.columns(judge, both["prompt"], both["facts"], both["response"]))
@@ -59,10 +60,18 @@ def label(
             "rejected": rejected["response"],
             "annotator": "simulated",
             "p_chosen": choice.p_chosen,
+            "chosen_ids": chosen["response_ids"],
+            "rejected_ids": rejected["response_ids"],
         }
     )
     differ = usable & (a["gold"] != b["gold"])
+    texts, ids = both["response"][both["finished"]], both["response_ids"][both["finished"]]
+    again = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+    other = [[*new, policy.eos] != list(old) for new, old in zip(again, ids, strict=True)]
     summary: dict = {
+        "tokenised_otherwise_share": float(np.mean(other))
+        if other
+        else 0.0,  # had texts been kept, and not their tokens
         "dropped_share": float(1 - usable.mean()),
         "annotator_agrees_with_gold": float((chosen["gold"] > rejected["gold"])[differ].mean()),
         "annotator_mean_p_chosen": float(choice.p_chosen[usable].mean()),

@@ -1,5 +1,6 @@
 """What the report says, in the order in which a reader wants it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,10 @@ from rlhf_vs_dpo.report.marks import marked
 
 SHARED = ("sft", "preferences", "reward", "reference", "pool")  # stages of a line whose cost several methods share
 COLUMNS = {  # metric -> (heading, digits)
+    "preferred": ("preferred", 2),
     "gold": ("gold", 2),
+    "utility": ("utility", 2),
+    "objective": ("objective", 2),
     "reward": ("RM reward", 2),
     "win_rate_vs_sft": ("win vs SFT", 2),
     "length_controlled_win_rate": ("win at equal length", 2),
@@ -76,7 +80,7 @@ def blocks(source: Source) -> list[Block]:
     found = source.found
     drawn = {figure.name: figure for figure in source.figures}
 
-    def shown(*names: str) -> list[Block]:
+    def figures(*names: str) -> list[Block]:
         return [drawn[name] for name in names if name in drawn]
 
     return [
@@ -92,25 +96,28 @@ def blocks(source: Source) -> list[Block]:
             + " of cases"
             + ("; `pairs` says the same of a policy's implicit reward." if _known(found, "pair_accuracy") else ".")
         ),
-        *shown("comparison", "frontier"),
-        Heading("Who differs from whom", "differences"),
+        *figures("comparison", "two_axes", "frontier"),
+        Heading("Planned questions" if found["answers"] else "Differences", "differences"),
+        *questions(found),
         *differences(found),
         *lines(found),
-        Heading("Over-optimisation", "overoptimisation"),
-        *shown("overoptimisation", "best_of_n"),
+        Heading("Two ways to go wrong", "overoptimisation"),
+        *failed(found),
+        *figures("overoptimisation", "best_of_n"),
         *overoptimisation(found),
         Heading("Three fair comparisons", "fair"),
         Text(
-            "Each is fair in one respect, and all are read off the paths of training on validation prompts: at equal KL "
+            "Each is fair in one respect, and is read off the paths of training on validation prompts: at equal KL "
             "(interpolated between watched points, linear in √KL; a dash where a method never goes so far; † where those two "
             "points lie further apart than the KL asked for, so that the number is a guess at what happened between them, which "
-            "its interval does not cover), at equal compute (FLOPs with all that a method needs before "
+            "its interval does not cover; ‡ where it is read between several settings of the method on test prompts, which is "
+            "what the KL of a finished policy means; a path says what one run passed through), at equal compute (FLOPs with all that a method needs before "
             "it starts; a dash where that alone is more than the budget), and each at its own best watched point, chosen on one "
             "half of the prompts and measured on the other. Best of n has no training: its n is chosen on validation prompts, and "
             "what it is worth is measured on test prompts, so that its last columns are of other prompts. Test prompts chose nothing."
         ),
         *fair(found),
-        *shown("compute"),
+        *figures("compute"),
         Heading("What it cost", "cost"),
         Text(
             "FLOPs = N (6 · tokens trained + 2 · (tokens generated + tokens read)), N being the weights outside the embedding "
@@ -124,14 +131,14 @@ def blocks(source: Source) -> list[Block]:
         costs(found),
         shared_costs(source),
         *inference(found),
-        *shown("cost"),
+        *figures("cost"),
         Heading("What is bent: length, filler, diversity", "bent"),
-        *shown("length", "diversity"),
+        *figures("length", "diversity"),
         *bent(found),
         Heading("What is forgotten", "forgotten"),
-        *shown("forgetting"),
+        *figures("forgetting"),
         Heading("How training went", "training"),
-        *shown("training"),
+        *figures("training"),
         *judged(found),
         Heading("The same post, summarised by every policy", "texts"),
         Text(
@@ -238,15 +245,15 @@ def cell(entry: dict[str, float | None] | None, digits: int) -> Cell:
 
 
 def _ranked(found: dict[str, Any]) -> list[str]:
-    judge = found["judge"]
-    value = {row: m[judge]["mean"] for row, m in found["methods"].items()}
+    first = found["axes"][0]
+    value = {row: m[first]["mean"] for row, m in found["methods"].items()}
     return sorted(value, key=lambda row: float("-inf") if value[row] is None else value[row], reverse=True)
 
 
-def main_table(found: dict[str, Any], traced: set[str]) -> Table:
-    """Every row with its metrics, best first, linked to where it comes from; columns without any value are left out."""
+def main_table(found: dict[str, Any], traced: set[str], metrics: Collection[str] = COLUMNS.keys()) -> Table:
+    """Every row with its metrics, linked to where it comes from; columns without any value are left out."""
     shown = {
-        m: spec for m, spec in COLUMNS.items() if any(row[m]["mean"] is not None for row in found["methods"].values())
+        m: COLUMNS[m] for m in metrics if any(row[m]["mean"] is not None for row in found["methods"].values())
     }
     rows = []
     for row in _ranked(found):
@@ -256,29 +263,97 @@ def main_table(found: dict[str, Any], traced: set[str]) -> Table:
             [Cell(row, link=link), *(cell(found["methods"][row][m], digits) for m, (_, digits) in shown.items())]
         )
     return Table(["policy", *(heading for heading, _ in shown.values())], rows,
-                 "Test prompts; ± is half a 95 % interval. Names lead to run, stage, parameters and hash.", "main")  # fmt: skip
+                 f"Test prompts, in the order of {NAMES[found['axes'][0]]}; ± is half a 95 % interval. Names lead to stage, parameters and hash.", "main")  # fmt: skip
+
+
+def questions(found: dict[str, Any]) -> list[Block]:
+    """The planned questions: answers from three lines on, before that differences alone."""
+    asked = found["questions"][found["axes"][0]]
+    if not asked:
+        return [Text("No question was planned (`evaluate.questions` in params.yaml) whose two rows were both run.")]
+    answer = found["answers"]
+    head = ["a", "b"]
+    for axis in found["axes"]:
+        head += [f"a − b in {NAMES[axis]}", *(["p", "p (Holm)", "answer"] if answer else [])]
+    rows = []
+    for number, question in enumerate(asked):
+        row = [Cell(question["a"]), Cell(question["b"])]
+        for axis in found["axes"]:
+            entry = found["questions"][axis][number]
+            row.append(Cell(words.signed(entry), entry["mean"]))
+            if answer:
+                said = {"a": f"{entry['a']} higher", "b": f"{entry['b']} higher", "open": "open", None: "–"}[
+                    entry["answer"]
+                ]
+                row += [
+                    Cell(words.p_value(entry["p"]), entry["p"]), Cell(words.p_value(entry["p_holm"]), entry["p_holm"]), Cell(said),
+                ]  # fmt: skip
+        rows.append(row)
+    intro = (
+        "These pairs stand in params.yaml (`evaluate.questions`), fixed before any result. Differences are taken within each line and prompt; "
+        "p is of Student's t with the bootstrap's standard error over lines and prompts, corrected on each axis by Holm over the questions."
+        if answer
+        else "These pairs stand in params.yaml (`evaluate.questions`), fixed before any result; they are answered from three lines on. Here are "
+        "the differences between these policies, with intervals over prompts."
+    )
+    return [Text(intro), Table(head, rows, "The planned questions", "questions")]
 
 
 def differences(found: dict[str, Any]) -> list[Block]:
-    head = ["a", "b", f"difference in {NAMES[found['judge']]}", "p", "p (Holm)", "a wins"]
+    head = ["a", "b", *(f"a − b in {NAMES[axis]}" for axis in found["axes"]), "a wins"]
 
     def line(entry: dict[str, Any]) -> list[Cell]:
         return [
-            Cell(entry["a"]), Cell(entry["b"]), Cell(words.number(entry), entry["mean"]),
-            Cell(words.p_value(entry["p"]), entry["p"]), Cell(words.p_value(entry["p_holm"]), entry["p_holm"]),
+            Cell(entry["a"]), Cell(entry["b"]), *(Cell(words.signed(entry[axis]), entry[axis]["mean"]) for axis in found["axes"]),
             Cell("–" if entry["wins"] is None else f"{entry['wins']:.2f}", entry["wins"]),
         ]  # fmt: skip
 
     ranked = _ranked(found)
     neighbours = [words.pair(found, a, b) for a, b in pairwise(ranked)]
-    every = sorted(found["differences"], key=lambda e: 2.0 if e["p"] is None else e["p"])
     return [
         Text(
-            f"Differences are paired over prompts; p is of Student's t with the bootstrap's standard error, corrected by Holm over "
-            f"all {len(every)} pairs. `a wins` is the share of direct comparisons that a wins, a tie half a win."
+            "Pairs that were not planned are exploratory: of so many, some differ by chance. `a wins` is the share of direct comparisons that "
+            f"a wins by {NAMES[found['judge']]}, a tie half a win."
         ),
-        Table(head, [line(e) for e in neighbours], "Each row against the next one of the ranking", "neighbours"),
-        Details(f"All {len(every)} pairs", [Table(head, [line(e) for e in every], "Every two rows", "pairs")]),
+        Details(
+            f"Exploratory: each row against the next, and all {len(found['differences'])} pairs",
+            [
+                Table(head, [line(e) for e in neighbours], "Each row against the next one of the table", "neighbours"),
+                Table(head, [line(e) for e in found["differences"]], "Every two rows", "pairs"),
+            ],
+        ),
+    ]
+
+
+def failed(found: dict[str, Any]) -> list[Block]:
+    """Bias amplified and reward model exploited, of every path."""
+    if not found["failures"]:
+        return []
+    rows = []
+    for name, both in found["failures"].items():
+        row = [Cell(name)]
+        for kind in ("bias_amplified", "reward_model_exploited"):
+            entry = both[kind]
+            begins = entry["begins"]
+            row += [
+                Cell(words.signed(entry["gained"]), entry["gained"]["mean"]), Cell(words.signed(entry["lost"]), entry["lost"]["mean"]),
+                Cell("–" if begins["mean"] is None or not entry["share"] else f"{begins['mean']:.2f}", begins["mean"]),
+                Cell(f"{entry['share']:.0%}", entry["share"]), Cell("yes" if entry["shown"] else "–"),
+            ]  # fmt: skip
+        rows.append(row)
+    head = [
+        "path", "utility gained", "gold given for it", "from KL", "resamples", "bias amplified",
+        "RM reward gained", "utility given for it", "from KL on", "resamples seen", "reward model exploited",
+    ]  # fmt: skip
+    return [
+        Text(
+            "Bias amplified: between the point of training at which gold is highest and that at which utility is highest, utility rose and gold "
+            "fell; the labels were obeyed, and were wrong. Reward model exploited: after the point at which utility is highest the RM reward "
+            "rose and utility fell; the reward model was wrong. Points are chosen on one half of the prompts and measured on the other, and the other "
+            "way round, for the highest of noisy points looks higher than it is. `yes` where both intervals leave out 0. Methods are read over "
+            "training on validation prompts, best of n over n on the test prompts that have the most samples."
+        ),
+        Table(head, rows, "What was gained, and what was given for it", "failures"),
     ]
 
 
@@ -288,22 +363,28 @@ def lines(found: dict[str, Any]) -> list[Block]:
     rows = [
         [
             Cell(row), Cell(str(s["lines"]), s["lines"]),
-            *(Cell("–" if s[key] is None else f"{s[key]:.3f}", s[key]) for key in ("standard_deviation", "lowest", "highest")),
+            *(
+                Cell("–" if s[axis][key] is None else f"{s[axis][key]:.3f}", s[axis][key])
+                for axis in found["axes"]
+                for key in ("standard_deviation", "lowest", "highest")
+            ),
             Cell(f"{s['collapsed']:.0%}", s["collapsed"]),
         ]
         for row, s in found["spread"].items()
         if row in found["paths"] or row == "sft"
     ]  # fmt: skip
     return [
-        Table(["policy", "lines", "standard deviation", "lowest", "highest", "collapsed"], rows,
-              f"Spread of mean {NAMES[found['judge']]} between lines; what counts as collapsed is `evaluate.collapse` in params.yaml", "lines")
+        Table(
+            ["policy", "lines", *(f"{NAMES[axis]}: {what}" for axis in found["axes"] for what in ("standard deviation", "lowest", "highest")), "collapsed"],
+            rows, "Spread of means between lines; what counts as collapsed is `evaluate.collapse` in params.yaml", "lines",
+        )
     ]  # fmt: skip
 
 
 def overoptimisation(found: dict[str, Any]) -> list[Block]:
     rows = []
     for method, laws in found["overoptimisation"].items():
-        for metric in ("gold", "reward"):
+        for metric in ("gold", "utility", "reward"):
             law = laws.get(metric)
             if law is None:
                 continue
@@ -342,16 +423,21 @@ def overoptimisation(found: dict[str, Any]) -> list[Block]:
 
 
 def fair(found: dict[str, Any]) -> list[Block]:
-    kls = list(next(iter(found["equal_kl"].values()), {}))
+    return [_fair(found, axis) for axis in found["equal_kl"]]
+
+
+def _fair(found: dict[str, Any], axis: str) -> Table:
+    at_kl, own_best = found["equal_kl"][axis], found["own_best"][axis]
+    kls = list(next(iter(at_kl.values()), {}))
     budgets = found["equal_compute"]["flops"]
     head = [
         "method", *(f"at KL {kl}" for kl in kls), *(f"at {flops:.2g} FLOPs" for flops in budgets.values()),
         "at its own best", "gained by stopping", "where",
     ]  # fmt: skip
     rows = []
-    for method in found["equal_kl"]:
-        best = found["own_best"].get(method)
-        compute = found["equal_compute"]["methods"].get(method, {})
+    for method in at_kl:
+        best = own_best.get(method)
+        compute = found["equal_compute"]["axes"][axis].get(method, {})
         where = (
             "–"
             if best is None
@@ -361,26 +447,25 @@ def fair(found: dict[str, Any]) -> list[Block]:
         )
         rows.append(
             [
-                Cell(method), *(_at_kl(found["equal_kl"][method][kl], float(kl)) for kl in kls),
+                Cell(method), *(_at_kl(at_kl[method][kl], float(kl)) for kl in kls),
                 *(cell(compute.get(share), 2) for share in budgets),
                 cell(best["value"] if best else None, 2), cell(best["gained"] if best else None, 2), Cell(where),
             ]
         )  # fmt: skip
-    return [
-        Table(
-            head,
-            rows,
-            f"{NAMES[found['judge']].capitalize()} at equal KL, at equal compute, and at each method's own best",
-            "fair",
-        )
-    ]
+    caption = f"{_capital(NAMES[axis])} at equal KL, at equal compute, and at each method's own best"
+    return Table(head, rows, caption, f"fair-{axis}")
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _at_kl(entry: dict[str, Any] | None, kl: float) -> Cell:
     shown = cell(entry, 2)
-    if entry is None or entry["mean"] is None or entry["between"][1] - entry["between"][0] <= kl:
+    if entry is None or entry["mean"] is None:
         return shown
-    return replace(shown, text=f"{shown.text} †")
+    marks = " ‡" * (entry["read"] == "settings") + " †" * (entry["between"][1] - entry["between"][0] > kl)
+    return replace(shown, text=f"{shown.text}{marks}")
 
 
 def costs(found: dict[str, Any]) -> Table:

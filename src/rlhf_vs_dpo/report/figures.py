@@ -24,7 +24,13 @@ FAMILY_NAMES = {
 }
 MARKERS = "osD^vP*Xh<>"
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
-NAMES = {"gold": "gold reward", "reward": "RM reward"}
+NAMES = {
+    "preferred": "share preferred to SFT",
+    "gold": "gold reward",
+    "utility": "utility",
+    "objective": "objective",
+    "reward": "RM reward",
+}
 
 
 class Figure(NamedTuple):
@@ -75,7 +81,7 @@ def draw(found: dict[str, Any], learning: pd.DataFrame) -> list[Figure]:
     )  # fmt: skip
     style = Style(found)
     makers: list[Callable] = [
-        comparison, frontier, overoptimisation, compute, cost, length, forgetting, diversity, best_of_n,
+        comparison, two_axes, frontier, overoptimisation, compute, cost, length, forgetting, diversity, best_of_n,
     ]  # fmt: skip
     figures = [figure for maker in makers if (figure := maker(plt, found, style)) is not None]
     if (trained := training(plt, learning, style)) is not None:
@@ -102,19 +108,24 @@ def _points(
         if entry["mean"] is None:  # a policy of which no response ever ended has no reward
             continue
         axis.errorbar(
-            entry["mean"], place + offset, xerr=[[max(entry["mean"] - entry["low"], 0)], [max(entry["high"] - entry["mean"], 0)]],
+            entry["mean"], place + offset, xerr=_error(entry),
             fmt=style.marker(row), markersize=5, color=style.colour(row), capsize=2,
             markerfacecolor="white" if hollow else style.colour(row),
         )  # fmt: skip
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, dict]]:
-    """Rows from best to worst by the judge."""
-    judge = found["judge"]
+    """Rows from the highest to the lowest on the first axis."""
+    first = found["axes"][0]
     rows = list(found["methods"].items())
     return sorted(
-        rows, key=lambda item: -np.inf if item[1][judge]["mean"] is None else item[1][judge]["mean"], reverse=True
+        rows, key=lambda item: -np.inf if item[1][first]["mean"] is None else item[1][first]["mean"], reverse=True
     )
+
+
+def _error(entry: dict[str, float]) -> list[list[float]]:
+    """Distances of an interval's ends from its mean, as `errorbar` wants them."""
+    return [[max(entry["mean"] - entry["low"], 0)], [max(entry["high"] - entry["mean"], 0)]]
 
 
 def _name_rows(axis, rows: list) -> None:
@@ -138,23 +149,25 @@ def _spoken(found: dict[str, Any], metric: str, digits: int = 2) -> str:
 
 def comparison(plt, found: dict[str, Any], style: Style) -> Figure:
     rows = _rows(found)
-    shown = [m for m in ("gold", "reward", "win_rate_vs_sft") if _has(found, m)]
+    shown = [m for m in ("preferred", "gold", "reward", "win_rate_vs_sft") if _has(found, m)]
     figure, axes = plt.subplots(
         1,
         len(shown),
-        figsize=(3.6 * len(shown) + 1, 0.27 * len(rows) + 1.3),
+        figsize=(2.9 * len(shown) + 1, 0.27 * len(rows) + 1.3),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for axis, metric in zip(axes[0], shown, strict=True):
-        if metric == found["judge"]:
+        if metric in found["axes"]:
             for place, (row, _) in enumerate(rows):
                 values = [run[metric] for run in found["runs"][row].values() if metric in run]
                 if len(values) > 1:
                     axis.plot(values, [place + 0.28] * len(values), "|", color="grey", markersize=5)
         _points(axis, rows, style, metric)
-        axis.set_xlabel(NAMES.get(metric, "win rate against SFT"))
+        axis.set_xlabel(NAMES.get(metric, f"wins against SFT by {found['judge']}"))
+        if metric == "preferred":
+            axis.axvline(0.5, color="grey", linewidth=0.8)
     if "win_rate_vs_sft" in shown:
         _points(axes[0][-1], rows, style, "length_controlled_win_rate", offset=0.28, hollow=True)
         axes[0][-1].axvline(0.5, color="grey", linewidth=0.8)
@@ -163,43 +176,81 @@ def comparison(plt, found: dict[str, Any], style: Style) -> Figure:
     return Figure(
         "comparison",
         "Every policy on test prompts with 95 % intervals; hollow: win rate at equal length"
-        + ("; grey ticks: each seed" if several else ""),
-        f"Policies from best to worst by {NAMES[found['judge']]}: {_spoken(found, found['judge'])}",
+        + ("; grey ticks: each line" if several else ""),
+        f"Policies from the highest to the lowest {NAMES[found['axes'][0]]}: {_spoken(found, found['axes'][0])}",
+        figure,
+    )
+
+
+def two_axes(plt, found: dict[str, Any], style: Style) -> Figure | None:
+    """What the labels asked for against what they should have asked for."""
+    if len(found["axes"]) < 2:
+        return None
+    across, up = reversed(found["axes"])
+    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    curve = found["best_of_n_wide"]
+    axis.plot([r[across]["mean"] for r in curve], [r[up]["mean"] for r in curve], ":", color=FAMILY_COLOURS["best_of_n"],
+              label="best of n, over n")  # fmt: skip
+    for row, metrics in _rows(found):
+        x, y = metrics[across], metrics[up]
+        if x["mean"] is not None and y["mean"] is not None:
+            axis.errorbar(
+                x["mean"], y["mean"], xerr=_error(x), yerr=_error(y), fmt=style.marker(row), color=style.colour(row), markersize=6,
+                elinewidth=0.8, label=row,
+            )  # fmt: skip
+    axis.set_xlabel(f"{NAMES[across]}: what they should have asked for")
+    axis.set_ylabel(f"{NAMES[up]}: what the labels asked for")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return Figure(
+        "two_axes",
+        "Two truths: what the labels asked for, and what they should have asked for, on test prompts with 95 % intervals",
+        f"Scatter of {NAMES[up]} against {NAMES[across]}. {NAMES[across].capitalize()}: {_spoken(found, across)}",
         figure,
     )
 
 
 def frontier(plt, found: dict[str, Any], style: Style) -> Figure:
-    judge = found["judge"]
-    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    axes_shown = found["axes"]
+    figure, axes = plt.subplots(
+        1, len(axes_shown), figsize=(4.4 * len(axes_shown) + 1.8, 4.4), squeeze=False, layout="constrained"
+    )
     curve = found["best_of_n_wide"]
-    axis.plot([r["kl"]["mean"] for r in curve], [r[judge]["mean"] for r in curve], ":", color=FAMILY_COLOURS["best_of_n"],
-              label="best of n, over n")  # fmt: skip
-    for row, metrics in _rows(found):
-        x, y = metrics["kl"], metrics[judge]
-        if x["mean"] is None or y["mean"] is None:
-            continue
-        axis.errorbar(
-            x["mean"], y["mean"],
-            xerr=[[max(x["mean"] - x["low"], 0)], [max(x["high"] - x["mean"], 0)]],
-            yerr=[[max(y["mean"] - y["low"], 0)], [max(y["high"] - y["mean"], 0)]],
-            fmt=style.marker(row), color=style.colour(row), markersize=6, elinewidth=0.8, label=row,
-        )  # fmt: skip
-    axis.set_xlabel("KL(policy, SFT) in nats per response")
-    axis.set_ylabel(NAMES[judge])
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axis, metric in zip(axes[0], axes_shown, strict=True):
+        known = [r for r in curve if r[metric]["mean"] is not None]
+        if known:
+            axis.plot([r["kl"]["mean"] for r in known], [r[metric]["mean"] for r in known], ":",
+                      color=FAMILY_COLOURS["best_of_n"], label="best of n, over n")  # fmt: skip
+        for method, points in found["frontiers"].items():
+            axis.plot([p["kl"]["mean"] for p in points], [p[metric]["mean"] for p in points], linewidth=0.9,
+                      color=style.colour(method), linestyle=style.line(method), label=f"settings of {method}")  # fmt: skip
+        for row, metrics in _rows(found):
+            x, y = metrics["kl"], metrics[metric]
+            if x["mean"] is None or y["mean"] is None:
+                continue
+            axis.errorbar(
+                x["mean"], y["mean"], xerr=_error(x), yerr=_error(y), fmt=style.marker(row), color=style.colour(row), markersize=6,
+                elinewidth=0.8, label=row,
+            )  # fmt: skip
+        axis.set_xlabel("KL(policy, SFT) in nats per response")
+        axis.set_ylabel(NAMES[metric])
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return Figure(
         "frontier",
-        f"{NAMES[judge].capitalize()} against the distance from the SFT policy, on test prompts; dotted: best of n, up to n = "
-        f"{curve[-1]['n']}. KL is what the RL objective pays for, not a fair axis: see the three comparisons",
-        f"Scatter of {NAMES[judge]} against KL. KL: {_spoken(found, 'kl')}",
+        "Reward against the distance from the SFT policy, on test prompts, each policy at its end; dotted: best of n, up to n = "
+        f"{curve[-1]['n']}"
+        + (
+            "; lines join several settings of one method"
+            if found["frontiers"]
+            else "; of each method one setting was run"
+        ),
+        f"Scatter of {NAMES[axes_shown[0]]} against KL. KL: {_spoken(found, 'kl')}",
         figure,
     )
 
 
 def overoptimisation(plt, found: dict[str, Any], style: Style) -> Figure | None:
     families = [f for f in ("rl", "preference", "imitation") if any(m in found["paths"] for m in style.of(f))]
-    metrics = [m for m in ("gold", "reward") if _has(found, m)]
+    metrics = [m for m in ("reward", "utility", "gold") if _has(found, m)]
     if not families:
         return None
     panels = [*families, "best_of_n"]
@@ -250,9 +301,10 @@ def overoptimisation(plt, found: dict[str, Any], style: Style) -> Figure | None:
     ]
     return Figure(
         "overoptimisation",
-        "Over-optimisation on validation prompts: dots are the watched points of training, lines the fits of Gao et al. "
-        "(2023) with 95 % bands, thin verticals where a fit peaks",
-        "Gain in gold and in RM reward against the square root of KL. Gold peaks within reach: "
+        "Three rewards along each path, on validation prompts: the reward model's, which was optimised; utility, which labels were drawn "
+        "from; and gold. Dots are the watched points of one run of training (best of n: n), lines the fits of Gao et al. (2023) with 95 % bands, thin "
+        "verticals where a fit peaks",
+        "Gain in RM reward, utility and gold against the square root of KL. Gold peaks within reach: "
         + (", ".join(peaks) or "none")
         + ".",
         figure,
@@ -260,7 +312,7 @@ def overoptimisation(plt, found: dict[str, Any], style: Style) -> Figure | None:
 
 
 def compute(plt, found: dict[str, Any], style: Style) -> Figure | None:
-    judge = found["judge"]
+    judge = found["criterion"]
     if not found["paths"]:
         return None
     figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
@@ -276,21 +328,21 @@ def compute(plt, found: dict[str, Any], style: Style) -> Figure | None:
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return Figure(
         "compute",
-        "What compute buys: every method starts where its pairs, reward model and pool are paid for; grey: budgets of the table",
+        "What compute buys: every method starts where its pairs, reward model and pool are paid for; grey: budgets of the tables",
         f"{NAMES[judge].capitalize()} over training against estimated floating-point operations, one line per method.",
         figure,
     )
 
 
 def cost(plt, found: dict[str, Any], style: Style) -> Figure:
-    judge = found["judge"]
+    judge = found["axes"][0]
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for row, spent in found["cost"].items():
         entry = found["methods"][row][judge]
         if entry["mean"] is None:
             continue
         axis.errorbar(
-            spent["total"]["flops"], entry["mean"], yerr=[[max(entry["mean"] - entry["low"], 0)], [max(entry["high"] - entry["mean"], 0)]],
+            spent["total"]["flops"], entry["mean"], yerr=_error(entry),
             fmt=style.marker(row), color=style.colour(row), markersize=6, elinewidth=0.8, label=row,
         )  # fmt: skip
     axis.set_xscale("log")
@@ -394,31 +446,43 @@ def diversity(plt, found: dict[str, Any], style: Style) -> Figure:
 
 def best_of_n(plt, found: dict[str, Any], style: Style) -> Figure:
     curve = found["best_of_n"]
-    judge = found["judge"]
     n = np.array([row["n"] for row in curve])
-    panels = [
-        (judge, f"{NAMES[judge]} of the best of n"),
-        ("win_rate_vs_sft", "win rate against SFT"),
-        ("kl", "KL to SFT, nats"),
-    ]
-    limits = {"win_rate_vs_sft": n / (n + 1), "kl": np.log(n) - (n - 1) / n}
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
-    colour = FAMILY_COLOURS["best_of_n"]
-    for axis, (metric, title) in zip(axes, panels, strict=True):
+    wins = next(
+        axis
+        for axis in ("preferred", "win_rate_vs_sft")
+        if axis == "win_rate_vs_sft" or curve[0][axis]["mean"] is not None
+    )
+    bound = {wins: n / (n + 1), "kl": np.log(n) - (n - 1) / n}
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.4), layout="constrained")
+    for metric, line, colour in (("reward", "-", "#CC79A7"), ("utility", "--", "#0072B2"), ("gold", ":", "#000000")):
+        if (known := [row for row in curve if row[metric]["mean"] is not None]) and known[0]["n"] == 1:
+            gained = np.array([row[metric]["mean"] for row in known]) - known[0][metric]["mean"]
+            low, high = (
+                np.array([row[metric][end] for row in known]) - known[0][metric]["mean"] for end in ("low", "high")
+            )
+            axes[0].fill_between([row["n"] for row in known], low, high, alpha=0.12, color=colour, linewidth=0)
+            axes[0].plot(
+                [row["n"] for row in known], gained, line, marker="o", markersize=3, color=colour, label=NAMES[metric]
+            )
+    axes[0].set_title("gained over n = 1")
+    axes[0].legend()
+    titles = {wins: NAMES.get(wins, "wins against SFT"), "kl": "KL to SFT, nats"}
+    for axis, metric in zip(axes[1:], (wins, "kl"), strict=True):
         known = [i for i, row in enumerate(curve) if row[metric]["mean"] is not None]
         low, mean, high = (np.array([curve[i][metric][key] for i in known]) for key in ("low", "mean", "high"))
-        axis.fill_between(n[known], low, high, alpha=0.25, color=colour)
-        axis.plot(n[known], mean, marker="o", markersize=3, color=colour)
-        if metric in limits:
-            axis.plot(n, limits[metric], "k--", label="bound")
-            axis.legend()
+        axis.fill_between(n[known], low, high, alpha=0.25, color=FAMILY_COLOURS["best_of_n"])
+        axis.plot(n[known], mean, marker="o", markersize=3, color=FAMILY_COLOURS["best_of_n"])
+        axis.plot(n, bound[metric], "k--", label="bound")
+        axis.legend()
+        axis.set_title(titles[metric])
+    for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("n")
-        axis.set_title(title)
-    values = ", ".join(f"n = {row['n']}: {row[judge]['mean']:.2f}" for row in curve if row[judge]["mean"] is not None)
+    first = found["axes"][0]
+    values = ", ".join(f"n = {row['n']}: {row[first]['mean']:.2f}" for row in curve if row[first]["mean"] is not None)
     return Figure("best_of_n", f"Best of n without training, from one pool (unbiased order-statistic estimate), on the {found['deep_prompts']} test prompts "
-        "that have the most samples",
-                  f"{NAMES[judge].capitalize()}: {values}.", figure)  # fmt: skip
+        "that have the most samples: three rewards, how often it is chosen over SFT, and its KL",
+                  f"{NAMES[first].capitalize()}: {values}.", figure)  # fmt: skip
 
 
 def training(plt, learning: pd.DataFrame, style: Style) -> Figure | None:

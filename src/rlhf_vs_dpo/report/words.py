@@ -1,12 +1,15 @@
-"""Sentences made of the numbers: the verdict, and what it cannot claim. Nothing here knows the name of a method."""
+"""Sentences made of the numbers: what was found, and what it cannot say. Nothing here knows the name of a method.
+
+One line, or two, are described: no sentence draws a conclusion about methods, for another line could take it back. From
+three on, the planned questions are answered (`evaluation.questions`).
+"""
 
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from rlhf_vs_dpo.report.figures import NAMES
-
-ALPHA = 0.05
 
 
 def number(entry: dict[str, float | None], digits: int = 2) -> str:
@@ -16,110 +19,130 @@ def number(entry: dict[str, float | None], digits: int = 2) -> str:
     return f"{entry['mean']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
 
 
+def signed(entry: dict[str, float | None], digits: int = 2) -> str:
+    """`+0.12 (+0.05 to +0.19)`, or a dash."""
+    if entry["mean"] is None:
+        return "–"
+    return f"{entry['mean']:+.{digits}f} ({entry['low']:+.{digits}f} to {entry['high']:+.{digits}f})"
+
+
 def pair(found: dict[str, Any], a: str, b: str) -> dict[str, Any]:
-    """The difference a - b, whichever way round it is stored."""
+    """The entry of two rows, a - b, whichever way round it is stored."""
     for entry in found["differences"]:
         if (entry["a"], entry["b"]) == (a, b):
             return entry
         if (entry["a"], entry["b"]) == (b, a):
-            turned = {key: None if entry[key] is None else -entry[key] for key in ("mean", "low", "high")}
-            wins = None if entry["wins"] is None else 1 - entry["wins"]
-            return entry | {
-                "a": a,
-                "b": b,
-                "mean": turned["mean"],
-                "low": turned["high"],
-                "high": turned["low"],
-                "wins": wins,
-            }
+            turned = {axis: _turned(entry[axis]) for axis in found["axes"]}
+            return {"a": a, "b": b, "wins": None if entry["wins"] is None else 1 - entry["wins"]} | turned
     raise KeyError((a, b))
 
 
-def best_of_family(found: dict[str, Any], family: str) -> str | None:
-    """The method of a family that is best on validation prompts; test prompts choose nothing."""
-    scored = {}
-    for method, its in found["families"].items():
-        if its == family and method in found["paths"]:
-            values = [found["validation"].get(folder) for folder in found["runs"][method]]
-            if values and None not in values:  # a method of which one run says nothing that ends is not the best
-                scored[method] = float(np.mean(values))
-    return max(scored, key=scored.__getitem__) if scored else None
+def _turned(entry: dict[str, float | None]) -> dict[str, float | None]:
+    if entry["mean"] is None:
+        return entry
+    return {"mean": -entry["mean"], "low": -entry["high"], "high": -entry["low"]}
+
+
+def axes_explained(found: dict[str, Any]) -> str:
+    """What is measured, in a few sentences: every symbol where it first stands."""
+    asked, said = found["asked"], []
+    if asked["temperature"] is not None:
+        said.append(
+            "Labels come from simulated annotators, who value a response by their utility u: the gold reward (what it is really "
+            "worth) and their own tastes. `preferred` is what they asked for: how often they would choose a policy's response over the SFT "
+            f"policy's, E σ((u − u_sft)/T), T = {asked['temperature']:g}. `gold` is what they should have asked for. `objective` is "
+            f"E[u]/T − {asked['price']:g} · KL, which RLHF and DPO both maximise; KL is the distance from the SFT policy, in nats per response."
+        )
+    elif "preferred" in found["axes"]:
+        said.append(
+            f"Nobody simulated made these pairs, so `preferred` is how often the judge {asked['judge']} chooses a policy's response over the SFT "
+            "policy's; the annotators' utility is not known, and nothing here depends on it."
+        )
+    else:
+        said.append(
+            "Nobody simulated made these pairs and no judge was named in their place (`evaluate.preferred_by`): what the labels asked "
+            "for is not measured."
+        )
+    if "gold" not in found["axes"]:
+        said.append("This source has no gold reward.")
+    if found["axes"] == ["reward"]:
+        said.append("Rows are ordered by the reward model's own score, which was trained on.")
+    said.append("± is half a 95 % interval.")
+    return " ".join(said)
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
-    """Three sentences: who leads, RL against the DPO family, and at what price and how surely."""
-    judge = found["judge"]
-    measured = {
-        row: m[judge]
-        for row, m in found["methods"].items()
-        if m[judge]["mean"] is not None and all(judge in run for run in found["runs"][row].values())
-    }
+    """What was found: a description of one line or two, or answers to the planned questions from three on."""
+    measured = {row for row, m in found["methods"].items() if m[found["axes"][0]]["mean"] is not None}
     if "sft" not in measured or len(measured) < 2:
         return ["Too few policies finished a response to be compared."]
-    leader = max(measured, key=lambda row: measured[row]["mean"])
-    equals = [row for row in measured if row != leader and (pair(found, leader, row)["p_holm"] or 0.0) >= ALPHA]
     lines = len(found["seeds"])
-    first = (
-        f"On {found['prompts']} test prompts {leader} has the highest {NAMES[judge]}, {number(measured[leader])}, against "
-        f"{number(measured['sft'])} of the SFT policy; "
+    said = [axes_explained(found)]
+    said += _answered(found, lines) if found["answers"] else _described(found, lines)
+    failed = _failed(found)
+    return said + ([failed] if failed else [])
+
+
+def _described(found: dict[str, Any], lines: int) -> list[str]:
+    ranges = []
+    for axis in found["axes"]:
+        values = {row: m[axis] for row, m in found["methods"].items() if m[axis]["mean"] is not None}
+        low, high = (choose(values, key=lambda row: values[row]["mean"]) for choose in (min, max))
+        ranges.append(f"{NAMES[axis]} from {number(values[low])} ({low}) to {number(values[high])} ({high})")
+    said = f"On {found['prompts']} test prompts these policies range in {'; in '.join(ranges)}"
+    if len(found["axes"]) == 2:
+        both = [[m[axis]["mean"] for axis in found["axes"]] for m in found["methods"].values()]
+        both = np.array([pair for pair in both if None not in pair], dtype=float)
+        rank = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 else float("nan")
+        if np.isfinite(rank):
+            said += f". The two orders of rows correlate by {rank:.2f} (Spearman: 1 is the same order, 0 no relation, −1 the reverse)"
+    few = "One line was run" if lines == 1 else "Two lines were run"
+    return [
+        said + ".",
+        f"{few} (a line is a run of the whole pipeline from one seed: its own SFT policy, pairs, reward model, and one run of each method). "
+        "That describes these policies; another line can order them otherwise, so no conclusion about methods is drawn. "
+        f"`make profile NAME=seeds && make repro` runs three lines, which takes about {'three times as long' if lines == 1 else 'half as long again'} as "
+        "this run (run.html has its seconds) and keeps what is done; from three on, the planned questions are answered.",
+    ]
+
+
+def _answered(found: dict[str, Any], lines: int) -> list[str]:
+    said = []
+    for axis in found["axes"]:
+        asked = found["questions"][axis]
+        known = [q for q in asked if q["answer"] in ("a", "b")]
+        told = "; ".join(
+            f"{q['a']} over {q['b']} by {number(q)}"
+            if q["answer"] == "a"
+            else f"{q['b']} over {q['a']} by {number(_turned(q))}"
+            for q in known
+        )
+        head = f"In {NAMES[axis]}, {len(known)} of {len(asked)} planned questions are answered (Holm over them, 5 %)"
+        said.append(f"{head}: {told}." if told else f"{head}.")
+    trained = {row: s for row, s in found["spread"].items() if row in found["paths"]}
+    collapsed = sum(round(s["collapsed"] * s["lines"]) for s in trained.values())
+    runs = sum(s["lines"] for s in trained.values())
+    said.append(
+        f"{lines} lines were run, each a run of the whole pipeline from its own seed; {collapsed} of {runs} trained policies collapsed. "
+        "All pairs that were not planned are exploratory."
     )
-    if leader == "sft":
-        first = f"On {found['prompts']} test prompts no policy has a higher {NAMES[judge]} than the SFT policy, {number(measured['sft'])}; "
-    first += (
-        f"after Holm's correction over all pairs it cannot be told from {_listed(['the SFT policy' if e == 'sft' else e for e in equals])}."
-        if equals
-        else "after Holm's correction over all pairs it differs from every other row."
+    return said
+
+
+def _failed(found: dict[str, Any]) -> str | None:
+    """Which policies of this run show which failure, by their intervals."""
+    names = {"bias_amplified": "bias amplified (utility rose, gold fell)",
+             "reward_model_exploited": "reward model exploited (its score rose, utility fell)"}  # fmt: skip
+    told = []
+    for kind, words in names.items():
+        of = [name for name, both in found["failures"].items() if both[kind]["shown"]]
+        of = [name for name in of if not name.startswith("best of")] + [n for n in of if n.startswith("best of")][-1:]
+        told.append(f"{words}: {listed(of) or 'none'}")
+    return (
+        f"Two ways to go wrong, as far as the intervals of this run tell: {'; '.join(told)}."
+        if found["failures"]
+        else None
     )
-    rl, preference = best_of_family(found, "rl"), best_of_family(found, "preference")
-    if rl and preference:
-        gap = pair(found, rl, preference)
-        clear = gap["p_holm"] is not None and gap["p_holm"] < ALPHA
-        ahead, behind = (rl, preference) if (gap["mean"] or 0) > 0 else (preference, rl)
-        second = (
-            f"Of the methods that are best of their family on validation prompts, {rl} (RL) and {preference} (DPO family), "
-            + (
-                f"{ahead} is ahead by {number(pair(found, ahead, behind))}"
-                if clear
-                else f"neither is clearly ahead: the difference, {rl} minus {preference}, is {number(gap)}"
-            )
-            + f" in {NAMES[judge]}, p {p_value(gap['p'], sign='=')} alone and {p_value(gap['p_holm'], sign='=')} after correction, and {rl} wins "
-            f"{gap['wins']:.0%} of direct comparisons."
-        )
-        a, b = found["cost"][rl], found["cost"][preference]
-        third = (
-            f"With all that it needs before it starts, {rl} takes {a['total']['flops'] / b['total']['flops']:.1f} times the "
-            f"FLOPs of {preference}, and holds "
-            f"{a['models_held']} model{'s' if a['models_held'] != 1 else ''} at once against {b['models_held']}; "
-        )
-    else:
-        trained = [m for m in found["paths"]]
-        silent = [
-            name
-            for name, family in (("RL", "rl"), ("DPO", "preference"))
-            if family in [found["families"][m] for m in trained] and not best_of_family(found, family)
-        ]
-        second = (
-            f"Of the {_listed(silent)} family no method could be chosen: in each, a run ended none of its responses to validation "
-            "prompts, so that RL is not compared with the DPO family."
-            if silent
-            else f"The run trained {_listed(trained) or 'no policy'}, not a method of both families, so that it compares no RL with the DPO family."
-        )
-        third = ""
-    if lines == 1:
-        third += "one line was run, so that none of this says how another run of the whole pipeline would have ended."
-    else:
-        trained = {row: s for row, s in found["spread"].items() if row in found["paths"]}
-        spread = {row: s["standard_deviation"] for row, s in trained.items() if s["standard_deviation"] is not None}
-        collapsed = sum(round(s["collapsed"] * s["lines"]) for s in trained.values())
-        runs = sum(s["lines"] for s in trained.values())
-        widest = max(spread, key=spread.__getitem__) if spread else None
-        third += f"over {lines} lines, {collapsed} of {runs} runs collapsed"
-        third += (
-            f", and the widest spread between lines is that of {widest} (standard deviation {spread[widest]:.2f})."
-            if widest
-            else "."
-        )
-    return [first, second, third[:1].upper() + third[1:]]
 
 
 def limits(found: dict[str, Any]) -> list[str]:
@@ -128,12 +151,10 @@ def limits(found: dict[str, Any]) -> list[str]:
     said = [
         "Intervals are 95 %, from a bootstrap over test prompts"
         + (
-            "; one line was run (one SFT policy, one draw of pairs, one reward model, one run of each method), so that they say nothing of how "
-            "another run of the pipeline would have ended, and p-values compare these policies, not their methods."
+            ": they tell how another draw of prompts would have measured these policies, and say nothing of another line."
             if lines == 1
-            else f" and over {lines} lines together, widened for how few there are. A line is a run of the whole pipeline from its own "
-            "seed: its own SFT policy, pairs and reward model. Each policy is compared with the SFT policy of its line, and differences between "
-            "methods are taken within each line before they are averaged. Where a fit peaks, the interval is of plain percentiles."
+            else f" and over {lines} lines together, widened for how few there are. Each policy is compared with the SFT policy of its line, "
+            "and differences between methods are taken within each line before they are averaged."
         ),
         "Each method was run at one setting (params.yaml): the order of methods is an order of settings, too.",
         "RM reward is the mean over responses that ended, for there is no EOS to score the others at."
@@ -152,12 +173,12 @@ def limits(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def p_value(p: float | None, sign: str = "") -> str:
-    """A p-value as people write it, behind a sign in running text: `= 0.03`, `< 0.001`."""
+def p_value(p: float | None) -> str:
+    """A p-value as people write it: 0.03, < 0.001."""
     if p is None:
         return "–"
-    return "< 0.001" if p < 0.001 else f"{sign} {p:.3f}".strip() if p < 0.1 else f"{sign} {p:.2f}".strip()
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -32,6 +32,8 @@ def main() -> int:
     end_with_parent()
     repair()
     jobs, devices = how_many(), gpus()
+    if status := checked():
+        return status
     waiting = waves()  # before anything is removed: it refuses where another run is at work
     FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FIRST_FAILURE.unlink(missing_ok=True)
@@ -125,6 +127,16 @@ def one(cell: str) -> int:
     except FileExistsError:
         pass
     return 1
+
+
+def checked() -> int:
+    """Run the stage `check`, if there is one and params.yaml has changed: all that depends on it would look out of date otherwise."""
+    from ruamel.yaml import YAML
+
+    if "check" not in YAML(typ="safe").load(Path("dvc.yaml").read_text())["stages"]:
+        return 0
+    check = ["dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", "check"]
+    return subprocess.run(check, check=False, preexec_fn=end_with_parent).returncode
 
 
 def waves() -> list[list[str]]:

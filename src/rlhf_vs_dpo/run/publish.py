@@ -15,13 +15,13 @@ from rlhf_vs_dpo.run.recorder import tags_of
 REGISTERED = "rlhf-vs-dpo-policy"  # the registered model whose versions are policies
 
 
-def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None]) -> None:
+def publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str], None]) -> None:
     """Put what was measured of each policy onto the MLflow run that made it, and register the policy.
 
     Entries are those of `evaluation.views.for_tracking`. A run that is not in this store (weights pulled from a
     colleague) is only mentioned. Every policy is a version of the registered model REGISTERED, an external one, for its
     weights stay in DVC; the alias `best` is the one that is best on validation prompts. The UI gets a view of all runs,
-    ordered by `judge`.
+    ordered by the first of `axes`.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -42,7 +42,7 @@ def publish(entries: list[dict[str, Any]], judge: str, say: Callable[[str], None
                     versions[entry["folder"]] = _register(entry, run_id, md5)
             except MlflowException as error:
                 say(f"{entry['folder']}: nothing was added to its MLflow run: {str(error).splitlines()[0]}")
-    _share_view(judge)
+    _share_view(axes)
     judged = {entry["folder"]: entry["validation"] for entry in entries if entry["validation"] is not None}
     judged = {folder: value for folder, value in judged.items() if math.isfinite(value)}
     best = max(judged, key=judged.__getitem__, default=None)
@@ -83,10 +83,11 @@ def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
             client.log_table(run_id, entry["samples"], file)
 
 
-def _share_view(judge: str) -> None:
+def _share_view(axes: list[str]) -> None:
     """A view of the runs worth opening: best first, with the columns of the report. (A tag, as the UI's share button sets.)"""
     metrics = (
-        judge,
+        *axes,
+        "utility",
         "reward",
         "win_rate_vs_sft",
         "length_controlled_win_rate",
@@ -100,7 +101,7 @@ def _share_view(judge: str) -> None:
         "metrics.`cost/seconds`", "params.`method.beta`", "tags.`seed`", "tags.`profiles`", "tags.`dvc.exps`",
     ]  # fmt: skip
     state = {
-        "searchFilter": "", "orderByKey": f"metrics.`evaluation/{judge}`", "orderByAsc": False, "startTime": "ALL",
+        "searchFilter": "", "orderByKey": f"metrics.`evaluation/{axes[0]}`", "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": columns,
     }  # fmt: skip
     store.client().set_experiment_tag(

@@ -180,7 +180,7 @@ def to_pairs(
         raise DataError("\n".join(faults[:20]) + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""))
     if not pairs:
         raise DataError(f"{place}: holds no row")
-    frame = pd.DataFrame(pairs).astype({"p_chosen": "float64"})
+    frame = pd.DataFrame(pairs).astype({"p_chosen": "float64"}).assign(chosen_ids=None, rejected_ids=None)
     return validate(frame, "pairs", place)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_vs_dpo.config import Theory
-from rlhf_vs_dpo.evaluation.best_of_n import kl_bound, log_ratio, order_weights, win_rate_bound
+from rlhf_vs_dpo.evaluation.order_statistics import kl_bound, log_ratio, order_weights, win_rate_bound
 from rlhf_vs_dpo.losses.dpo import dpo
 from rlhf_vs_dpo.losses.gae import token_rewards
 from rlhf_vs_dpo.losses.ipo import ipo
@@ -174,7 +174,7 @@ def selection(settings: Theory, seed: int) -> tuple[Identities, Bounds]:
         kept = laws.threshold_law(ref, r, threshold)
         above = float(ref[r > threshold].sum())
         identities[f"KL of a threshold = -log P(r > threshold){name}"] = float(abs(laws.kl(kept, ref) + np.log(above)))
-    for n in (2, 64):  # the estimator of evaluation/best_of_n.py, from 256 samples that are all there is
+    for n in (2, 64):  # the estimator of evaluation/order_statistics.py, from 256 samples that are all there is
         pool = np.sort(np.random.default_rng(seed).normal(size=256))
         without = order_weights(256, n) @ pool
         again = np.mean([np.random.default_rng(i).permutation(pool)[:n].max() for i in range(2000)])

@@ -225,7 +225,7 @@ def accumulate_ptx(learner: Learner) -> dict[str, float]:
 
     def loss(group: list[int]) -> Tensor:
         batch = collate([corpus[i] for i in group], learner.pad).to(learner.accelerate.device)
-        return settings.ptx_coefficient * nll(actor.module(batch).sums()).sum()
+        return settings.ptx_coefficient * nll(actor.module(batch, temperature=1.0).sums()).sum()
 
     value = actor.accumulate(actor.share(picked, lengths, learner.budget), loss, units)
     added = [p.grad - g if g is not None else p.grad for p, g in zip(actor.parameters, ppo, strict=True)]

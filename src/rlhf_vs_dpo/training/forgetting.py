@@ -12,14 +12,16 @@ from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Batch, Tokens, documents, encode_prompts
 
 
-def retention(model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
+def retention(
+    model: nn.Module, tokenizer, corpus: pd.DataFrame, facts: pd.DataFrame, document_tokens: int | None = None
+) -> pd.DataFrame:
     """A `retention` table: one row per document and per fact.
 
     Perplexity is that of the model itself (temperature 1), as everywhere in the literature. A fact is recalled
-    (`correct` = 1) where greedy decoding of its question gives its answer.
+    (`correct` = 1) where greedy decoding of its question gives its answer. Documents are cut at `document_tokens`.
     """
     plain = Policy(model, temperature=1.0)
-    texts = documents(tokenizer, corpus["text"], plain.context)
+    texts = documents(tokenizer, corpus["text"], plain.context, document_tokens)
     rows = pd.DataFrame({"kind": "corpus", "item_id": corpus["doc_id"], "correct": float("nan")})
     rows["tokens"] = [len(tokens.response) for tokens in texts]
     rows["logp"] = log_likelihoods(plain, texts, "held-out corpus")

@@ -23,7 +23,7 @@ from rlhf_vs_dpo.language.forward import scores, tokens_read
 from rlhf_vs_dpo.language.generation import from_main, generate_together
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.text import Examples, Prompts, Tokens, encode
+from rlhf_vs_dpo.language.text import Examples, Prompts, Tokens, encode_pairs
 
 NEEDS = {"chosen_sft": "pairs", "control_tokens": "pairs", "rm_filtered": "pool", "best_of_n": "pool"}
 GOOD, BAD = "[GOOD]", "[BAD]"
@@ -31,14 +31,11 @@ GOOD, BAD = "[GOOD]", "[BAD]"
 
 def from_pairs(recipe: str, pairs: pd.DataFrame, tokenizer, context: int) -> Examples:
     """The chosen responses; for control tokens, the rejected ones too, each behind its token."""
-
-    def side(column: str, suffix: str = "") -> list[Tokens]:
-        return encode(tokenizer, pairs["prompt"], pairs[column], pairs["pair_id"], context, suffix)
-
-    names = list(pairs["pair_id"])
     if recipe == "chosen_sft":
-        return Examples(side("chosen"), names)
-    return Examples(side("chosen", GOOD) + side("rejected", BAD), names + names)
+        learned = encode_pairs(tokenizer, pairs, context)
+        return Examples(learned.chosen, learned.names)
+    good, bad = (encode_pairs(tokenizer, pairs, context, suffix) for suffix in (GOOD, BAD))
+    return Examples(good.chosen + bad.rejected, good.names + bad.names)
 
 
 def from_pool(settings: Imitation, pool: pd.DataFrame, prompts: Prompts) -> Examples:

@@ -1,7 +1,7 @@
-"""Held-out sampling during training: gold and KL at about ten points, and RM reward once it is scored.
+"""Held-out sampling during training: gold and KL at about ten points.
 
-Training stages keep the samples; the `sample` stage has them scored by the reward model. So the curve has the RM reward
-for every method, and a method that needs no reward model does not depend on one.
+Training stages keep the samples; the `sample` stage has them scored (watched.py). So the curve has the RM reward for every method, and
+a method that needs no reward model does not depend on one.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from rlhf_vs_dpo.config import Monitor
-from rlhf_vs_dpo.language.forward import log_likelihoods, scores
+from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.generation import decode, generate
-from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import prompt_suffixes
 from rlhf_vs_dpo.language.text import Prompts, Tokens, encode_prompts
@@ -84,12 +83,3 @@ class HeldOut:
             "finished": float(table["finished"].mean()),
             "filler": float(table["filler"].mean()),
         }
-
-
-def scored(heldout: pd.DataFrame, reward: Scorer) -> pd.DataFrame:
-    """A `heldout` table as `watched`: numbers alone, with the RM reward of the responses that ended."""
-    examples = [Tokens(list(p), list(r)) for p, r in zip(heldout["prompt_ids"], heldout["response_ids"], strict=True)]
-    return heldout[["step", "prompt_id", "finished", "logp", "reference_logp", "gold", "filler"]].assign(
-        tokens=heldout["response_ids"].map(len),
-        reward=pd.Series(scores(reward, examples), index=heldout.index).where(heldout["finished"]),
-    )

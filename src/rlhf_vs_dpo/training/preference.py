@@ -15,7 +15,7 @@ from rlhf_vs_dpo.language.text import Batch, Pairs, check_distinct, collate
 from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
-from rlhf_vs_dpo.training.invariants import hold
+from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.monitor import HeldOut
 from rlhf_vs_dpo.training.optimise import Log
 from rlhf_vs_dpo.training.supervised import as_training, fit, work_of_pairs
@@ -97,6 +97,7 @@ def train(
         sums = {
             "accuracy": (result.chosen_reward > result.rejected_reward).float(),
             "margin": result.chosen_reward - result.rejected_reward,
+            "weight": result.weight,
             "chosen_reward": result.chosen_reward,
             "rejected_reward": result.rejected_reward,
             "chosen_logp": good,
@@ -157,17 +158,20 @@ def check_reference(policy: Policy, pairs: Pairs, stored: pd.DataFrame, settings
     Of the first `CHECKED` pairs; `stored` has their log ref (`chosen_logp`, `rejected_logp`), in the order of the pairs.
     """
     chosen, rejected, stored = pairs.chosen[:CHECKED], pairs.rejected[:CHECKED], stored.head(CHECKED)
-    exact = next(policy.parameters()).device.type == "cpu"
+    device = next(policy.parameters()).device
     causes = "data/reference.parquet belongs to another SFT model or temperature; dropout is on; the tokenizer changed"
     logp = {}
     for side, examples in (("chosen", chosen), ("rejected", rejected)):
         logp[side] = log_likelihoods(policy, examples)
-        gap = max(abs(a - b) for a, b in zip(logp[side], stored[f"{side}_logp"], strict=True))
-        what = f"the largest |log pi - log ref| of {len(examples)} {side} responses"
-        hold(what, gap, 0.0, 1e-3 if exact else 0.5, causes)
+        apart = zip(logp[side], stored[f"{side}_logp"], examples, strict=True)
+        gap = max(abs(a - b) / len(tokens.response) ** 0.5 for a, b, tokens in apart)
+        what = f"the largest |log pi - log ref| / sqrt(tokens) of {len(examples)} {side} responses"
+        hold(what, gap, 0.0, tolerance(device, 1), causes)
     lengths = tuple(torch.tensor([float(len(tokens.response)) for tokens in side]) for side in (chosen, rejected))
     reference = tuple(torch.tensor(stored[f"{side}_logp"].to_numpy()).float() for side in ("chosen", "rejected"))
-    sides = (torch.tensor(logp["chosen"]), torch.tensor(logp["rejected"]))
-    start = float(pair_loss(settings, *sides, lengths, reference).loss.mean())
-    expected = loss_at_reference(settings)
-    hold(f"the {settings.loss} loss", start, expected, (1e-3 if exact else 0.05) * max(1.0, expected), causes)
+    sides = [torch.tensor(logp[side], requires_grad=True) for side in ("chosen", "rejected")]
+    losses = pair_loss(settings, *sides, lengths, reference).loss
+    slope = float(torch.autograd.grad(losses.sum(), sides[0])[0].abs().max())
+    longest = float(torch.cat(lengths).max())
+    allowed = 2 * slope * tolerance(device, longest) / len(losses) ** 0.5  # errors of pairs are independent, too
+    hold(f"the {settings.loss} loss", float(losses.detach().mean()), loss_at_reference(settings), allowed, causes)

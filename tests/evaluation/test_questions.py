@@ -1,0 +1,74 @@
+"""Planned questions: answered from three lines on, wrongly in at most one experiment of twenty."""
+
+import numpy as np
+import pytest
+
+from rlhf_vs_dpo.evaluation.questions import answered
+from rlhf_vs_dpo.evaluation.statistics import Resamples
+
+# Variance components of `preferred` between lines and prompts: see docs/statistics.md for where they come from.
+LINE, METHOD, PROMPT, ANSWER = 0.020, 0.015, 0.15, 0.20
+
+
+def experiment(rng, lines, effects, prompts=150):
+    """Estimates of rows in lines that differ: by what a line gives to all its methods, by what it gives to each, and by noise."""
+    resamples = Resamples(200, int(rng.integers(2**31)))
+    asked = PROMPT * rng.normal(size=prompts)
+    shared = LINE * rng.normal(size=(lines, 1))
+    found = {}
+    for name, effect in effects.items():
+        own = METHOD * rng.normal(size=(lines, 1))
+        top = 0.6 + effect + asked + shared + own + ANSWER * rng.normal(size=(lines, prompts))
+        found[name] = resamples.ratio("prompt", top, np.ones_like(top))
+    return found, resamples
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_one_line_or_two_answer_nothing(lines):
+    estimates, resamples = experiment(np.random.default_rng(0), lines, {"a": 0.5, "b": 0.0})
+    (entry,) = answered([("a", "b")], estimates, resamples)
+    assert entry["p"] is entry["p_holm"] is entry["answer"] is None
+    assert entry["mean"] == pytest.approx(0.5, abs=0.1) and entry["low"] < entry["mean"] < entry["high"]
+
+
+@pytest.mark.parametrize("lines", [3, 4, 5, 8])
+def test_a_question_without_a_difference_is_answered_differs_in_at_most_five_percent(lines):
+    rng, wrong, experiments = np.random.default_rng(lines), 0, 150
+    names = [f"m{i}" for i in range(13)]
+    questions = [(names[0], name) for name in names[1:]]
+    for _ in range(experiments):
+        estimates, resamples = experiment(rng, lines, dict.fromkeys(names, 0.0))
+        wrong += any(entry["answer"] != "open" for entry in answered(questions, estimates, resamples))
+    # any of twelve, after Holm: 5 %, and three standard errors of that many experiments
+    assert wrong / experiments <= 0.05 + 3 * (0.05 * 0.95 / experiments) ** 0.5
+
+
+def test_power_grows_with_lines():
+    rng, found = np.random.default_rng(1), {}
+    for lines in (3, 5, 8):
+        right = 0
+        for _ in range(40):
+            estimates, resamples = experiment(rng, lines, {"a": 0.10, "b": 0.0, "c": 0.0})
+            first, second = answered([("a", "b"), ("c", "b")], estimates, resamples)
+            right += first["answer"] == "a"
+            assert second["answer"] is not None
+        found[lines] = right / 40
+    assert found[3] <= found[5] <= found[8] and found[8] > 0.9
+
+
+def test_questions_about_rows_that_were_not_run_are_left_out_and_silent_rows_are_not_compared():
+    rng = np.random.default_rng(2)
+    estimates, resamples = experiment(rng, 3, {"a": 0.2, "b": 0.0})
+    top = np.stack([np.full(150, 0.5), np.full(150, 0.5), np.zeros(150)])
+    silent = resamples.ratio("prompt", top, (top > 0).astype(float))  # in one line it says nothing that ends
+    estimates |= {"silent": silent, "never": None}
+    found = answered([("a", "gone"), ("a", "silent"), ("a", "never"), ("a", "b")], estimates, resamples)
+    assert [(e["b"], e["p"] is None) for e in found] == [("silent", True), ("never", True), ("b", False)]
+
+
+def test_holm_is_over_the_questions_of_one_axis():
+    estimates, resamples = experiment(np.random.default_rng(3), 4, {"a": 0.3, "b": 0.0, "c": 0.3})
+    found = answered([("a", "b"), ("a", "c"), ("c", "b")], estimates, resamples)
+    smallest = min(found, key=lambda entry: entry["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 3 * smallest["p"]))
+    assert {entry["b"]: entry["answer"] for entry in found[:2]} == {"b": "a", "c": "open"}
