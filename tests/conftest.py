@@ -34,7 +34,9 @@ def small_model(tokenizer, seed: int = 0, scale: float = 3.0):
     model = from_scratch(
         Scratch(layers=1, width=32, heads=2, feed_forward=48, context=64, bpe_vocabulary=300), tokenizer
     )
-    model.generation_config.suppress_tokens = None  # every token may be said, so that plain logits are what to compare with
+    model.generation_config.suppress_tokens = (
+        None  # every token may be said, so that plain logits are what to compare with
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

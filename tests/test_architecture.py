@@ -166,7 +166,9 @@ def test_commands_hold_paths_and_no_hyper_parameters(name):
 def test_every_stage_is_a_command_and_reads_its_params_from_dvc():
     assert {script_of(stage) for stage in dvc_yaml().values()} == set(STAGES)
     for stage in dvc_yaml().values():
-        names = [param.split(".")[0] for param in stage.get("params", []) if isinstance(param, str)]  # `check` has the whole file
+        names = [
+            param.split(".")[0] for param in stage.get("params", []) if isinstance(param, str)
+        ]  # `check` has the whole file
         assert set(names) <= config.SECTIONS.keys()
         read = set(re.findall(r'section\("(\w+)"', script_of(stage).read_text()))
         assert read <= set(names), f"reads {read - set(names)} without tracking it"

@@ -620,7 +620,11 @@ def test_a_misspelt_key_is_refused_before_anything_is_touched(broken):
     change(broken, "sft.training.learning_rate", 2.0e-3)
     for command in (["dvc", "repro"], ["dvc", "repro", "sft@0"], [sys.executable, "-m", "rlhf_vs_dpo.run.cells"]):
         output = run(broken, *command, expect=None)
-        assert "unknown key `sft.training.lr`" in output and "Traceback" not in output and "Running stage 'sft" not in output
+        assert (
+            "unknown key `sft.training.lr`" in output
+            and "Traceback" not in output
+            and "Running stage 'sft" not in output
+        )
     assert {path: path.stat().st_mtime_ns for path in (broken / "models" / "sft-0").iterdir()} == before
     output = run(broken, "dvc", "repro", "--single-item", "--force", "--no-run-cache", "data", expect=255)
     assert "unknown key `sft.training.lr`" in output and "Traceback" not in output
@@ -743,7 +747,9 @@ def test_own_preferences_go_through_the_whole_graph(tmp_path):
     change(folder, "seeds", [0, 1])
     change(folder, "evaluate.preferred_by", "rm")
     config.check(config.read_params(folder / "params.yaml"))
-    bad = own_rows("implicit")[:3]  # as some of 60,000 rows of the Hub are: too long for the model, a control token spelled out
+    bad = own_rows("implicit")[
+        :3
+    ]  # as some of 60,000 rows of the Hub are: too long for the model, a control token spelled out
     bad[0]["chosen"] += " and so on" * 200
     bad[1]["rejected"] += " <eos> and more"
     bad[2] = {side: text.replace("What", "What else " * 150) for side, text in bad[2].items()}
@@ -765,8 +771,12 @@ def test_own_preferences_go_through_the_whole_graph(tmp_path):
     assert list(evaluation) == ["sft", "ppo", "dpo", *imitation, "best_of_2"]
     assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["lines"] == 2 == len(found["runs"]["sft"])
     assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
-    assert found["axes"] == ["preferred"] and found["asked"]["judge"] == "rm"  # and rm is asked in the annotators' place
-    assert found["methods"]["dpo"]["preferred"]["mean"] is not None and found["methods"]["dpo"]["utility"]["mean"] is None
+    assert (
+        found["axes"] == ["preferred"] and found["asked"]["judge"] == "rm"
+    )  # and rm is asked in the annotators' place
+    assert (
+        found["methods"]["dpo"]["preferred"]["mean"] is not None and found["methods"]["dpo"]["utility"]["mean"] is None
+    )
     assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
     assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
     for seed in (0, 1):

@@ -98,7 +98,7 @@ def test_laws_over_seeds_that_differ_cover_what_was_planted():
 
 
 def test_a_law_needs_points_away_from_the_start():
-    still = [table.assign(logp=-3.0) for table in watched(0)]  # never leaves the SFT policy
+    still = [table.assign(kl=0.0) for table in watched(0)]  # never leaves the SFT policy
     assert overoptimisation.fit(paths.of_training("m", still, Resamples(100, 0)), "gold", "rl") is None
     away = [table[table["step"] > 2] for table in watched(0)]  # did not start there
     assert overoptimisation.fit(paths.of_training("m", away, Resamples(100, 0)), "gold", "rl") is None

@@ -1,5 +1,7 @@
 """Planned questions: answered from three lines on, wrongly in at most one experiment of twenty."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from rlhf_vs_dpo.evaluation.statistics import Resamples
 
 # Variance components of `preferred` between lines and prompts: see docs/statistics.md for where they come from.
 LINE, METHOD, PROMPT, ANSWER = 0.020, 0.015, 0.15, 0.20
+EXPERIMENTS = int(os.environ.get("RLHF_EXPERIMENTS", 30))  # docs/statistics.md has the figures of 1,000
 
 
 def experiment(rng, lines, effects, prompts=150):
@@ -33,7 +36,7 @@ def test_one_line_or_two_answer_nothing(lines):
 
 @pytest.mark.parametrize("lines", [3, 4, 5, 8])
 def test_a_question_without_a_difference_is_answered_differs_in_at_most_five_percent(lines):
-    rng, wrong, experiments = np.random.default_rng(lines), 0, 150
+    rng, wrong, experiments = np.random.default_rng(lines), 0, EXPERIMENTS
     names = [f"m{i}" for i in range(13)]
     questions = [(names[0], name) for name in names[1:]]
     for _ in range(experiments):
@@ -45,15 +48,15 @@ def test_a_question_without_a_difference_is_answered_differs_in_at_most_five_per
 
 def test_power_grows_with_lines():
     rng, found = np.random.default_rng(1), {}
-    for lines in (3, 5, 8):
+    for lines in (3, 8):
         right = 0
-        for _ in range(40):
+        for _ in range(20):
             estimates, resamples = experiment(rng, lines, {"a": 0.10, "b": 0.0, "c": 0.0})
             first, second = answered([("a", "b"), ("c", "b")], estimates, resamples)
             right += first["answer"] == "a"
             assert second["answer"] is not None
-        found[lines] = right / 40
-    assert found[3] <= found[5] <= found[8] and found[8] > 0.9
+        found[lines] = right / 20
+    assert found[3] <= found[8] and found[8] > 0.9
 
 
 def test_questions_about_rows_that_were_not_run_are_left_out_and_silent_rows_are_not_compared():

@@ -70,7 +70,9 @@ def test_a_new_pad_takes_no_probability_from_a_model_whose_logits_lie_far_below_
     torch.manual_seed(0)
     tokenizer = bpe_tokenizer(["the cat sat on the mat"] * 5, 280)
     tokenizer.pad_token = tokenizer.eos_token
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    ).eval()
     with torch.no_grad():  # every logit is about -35
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.wte.weight.sub_(35 / 32)
@@ -101,7 +103,9 @@ def test_pad_and_bos_are_never_said(folder, tokenizer, tmp_path):
     assert said[:, silent].max() < 1e-9 and torch.allclose(said.sum(-1), torch.ones(2))
     with torch.no_grad():  # even where the model wants nothing else
         loaded.get_output_embeddings().weight[silent] *= 100
-    drawn = generate(Policy(loaded, 1.0), Prompts([[given.bos_token_id, 5]] * 50, [f"p{i}" for i in range(50)]), [0] * 50, 8, 0)
+    drawn = generate(
+        Policy(loaded, 1.0), Prompts([[given.bos_token_id, 5]] * 50, [f"p{i}" for i in range(50)]), [0] * 50, 8, 0
+    )
     assert not {token for tokens in drawn.tokens for token in tokens.response} & set(silent)
     models.sampled_at(loaded, 0.7)
     models.save(loaded, given, tmp_path / "policy")
@@ -132,10 +136,10 @@ def test_heads_are_float32_whatever_autocast_says(model, tokenizer):
     batch = collate([Tokens([tokenizer.bos_token_id, 5, 6], [7, 8, tokenizer.eos_token_id])], tokenizer.pad_token_id)
     policy = Policy(model, 1.0)
     hidden = 20 * torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    exact = (hidden @ model.lm_head.weight.T).detach()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.lm_head(hidden).dtype == torch.bfloat16
-        logits = policy.project(hidden)
-        assert torch.equal(logits, hidden @ model.lm_head.weight.T) and logits.dtype == torch.float32
+        assert torch.equal(policy.project(hidden), exact) and exact.dtype == torch.float32
         assert policy.distributions(batch).dtype == torch.float32
 
 

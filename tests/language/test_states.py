@@ -21,10 +21,20 @@ def llama(layers: int, key_value_heads: int):
 
 @pytest.fixture
 def batch():
-    """Prompts and responses of every length, one of a single token among them; PAD is a token like others."""
+    """Prompts and responses of every length, one of a single token among them; some share a prompt; PAD is a token like others."""
     draw = torch.Generator().manual_seed(0)
     of = lambda n: torch.randint(0, 50, (n,), generator=draw).tolist()  # noqa: E731
-    return collate([Tokens(of(7), of(3)), Tokens(of(1), of(1)), Tokens(of(2), of(9)), Tokens(of(12), of(2))], pad=3)
+    shared, long = of(7), of(12)
+    rows = [
+        (shared, of(3)),
+        (of(1), of(1)),
+        (of(2), of(9)),
+        (long, of(2)),
+        (shared, of(6)),
+        (long, of(1)),
+        (shared, of(1)),
+    ]
+    return collate([Tokens(prompt, response) for prompt, response in rows], pad=3)
 
 
 def whole(model, batch, where):
@@ -36,14 +46,14 @@ def whole(model, batch, where):
     return torch.stack(rows)[where]
 
 
-@pytest.mark.parametrize("read", ["before", "last", "some", "all"])
+@pytest.mark.parametrize("read", ["before", "last", "some", "every"])
 @pytest.mark.parametrize(("layers", "key_value_heads"), [(1, 4), (3, 4), (2, 2), (2, 1)])
 def test_trimmed_states_are_those_of_the_whole_model_and_so_are_their_gradients(batch, read, layers, key_value_heads):
     model = llama(layers, key_value_heads)
     some = torch.zeros_like(batch.response_mask)
-    some[0, 2] = some[2, [1, 5, 6]] = True  # two texts that nobody reads
+    some[0, 6] = some[2, [1, 5, 6]] = some[4, 12] = True  # of the other texts nobody reads anything
     where = {"before": before(batch.response_mask), "last": last(batch.response_mask), "some": some,
-             "all": batch.attention_mask.bool()}[read]  # fmt: skip
+             "every": before(batch.response_mask) | batch.response_mask}[read]  # fmt: skip
     weights = torch.randn(int(where.sum()), 32, generator=torch.Generator().manual_seed(1))
     found = []
     for of in (states, whole):
@@ -58,18 +68,43 @@ def test_trimmed_states_are_those_of_the_whole_model_and_so_are_their_gradients(
         assert torch.allclose(slope, expected_slopes[name], rtol=1e-3, atol=1e-3 * expected_slopes[name].abs().max())
 
 
-def test_the_last_layer_works_at_places_that_are_read_alone(batch):
+def test_a_prompt_is_read_once_padding_never_and_the_last_layer_works_where_somebody_reads(batch):
     model, seen = llama(2, 4), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 32))
     states(model, batch, before(batch.response_mask))
-    assert seen == [batch.input_ids.numel(), int(batch.response_mask.sum())]
+    distinct = 7 + 1 + 2 + 12 - 4  # tokens of the four prompts, but for the last of each, which every response repeats
+    assert seen == [distinct + 7 + int(batch.response_mask.sum()), int(batch.response_mask.sum())]
+
+
+def test_gradients_can_be_differentiated_again(batch):
+    """For TRPO's Fisher products: of the slope along a direction, against differences of slopes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = llama(2, 2).double()
+    where, weights = before(batch.response_mask), torch.randn(int(batch.response_mask.sum()), 32, dtype=torch.float64)
+    parameter = model.model.layers[0].self_attn.q_proj.weight
+    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def slope(shift: float, again: bool = False):
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            parameter.add_(shift * direction)
+        with sdpa_kernel(SDPBackend.MATH):
+            value = (states(model, batch, where) * weights).sum()
+            (found,) = torch.autograd.grad(value, parameter, create_graph=again)
+        return found
+
+    found = slope(0.0, again=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        (along,) = torch.autograd.grad(found, parameter, direction)
+    ahead, behind = slope(1e-5).clone(), slope(-2e-5).clone()
+    assert torch.allclose(along, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-4 * along.abs().max())
 
 
 def test_any_other_model_runs_whole(batch, monkeypatch):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    monkeypatch.delattr(room, "_trimmed")
+    monkeypatch.delattr(room, "_of_llama")
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2)).eval()
     where = before(batch.response_mask)

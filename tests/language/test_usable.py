@@ -71,7 +71,9 @@ def test_more_than_one_percent_of_demonstrations_too_long_to_be_sampled_is_an_er
     over = "a dog sat on the mat"  # 6 tokens and EOS
     rows = tables([GOOD], [(GOOD, "a dog")] * (200 - long) + [(GOOD, over)] * long)
     if refused:
-        with pytest.raises(DataError, match=r"3 of 200 demonstrations.*`sampling.max_new_tokens` \(6\).*99 % fit into 7"):
+        with pytest.raises(
+            DataError, match=r"3 of 200 demonstrations.*`sampling.max_new_tokens` \(6\).*99 % fit into 7"
+        ):
             usable.sort(tokenizer, rows, LIMIT, drop=False)
     else:
         assert len(usable.sort(tokenizer, rows, LIMIT, drop=False).tables["demonstrations"]) == 200

@@ -67,7 +67,10 @@ def blocks(found):
 def test_three_lines_answer_the_planned_questions(found):
     said = " ".join(words.verdict(found))
     gap = found["questions"]["gold"][0]
-    assert f"In gold reward, 1 of 1 planned questions are answered (Holm over them, 5 %): ppo over dpo by {words.number(gap)}" in said
+    assert (
+        f"In gold reward, 1 of 1 planned questions are answered (Holm over them, 5 %): ppo over dpo by {words.number(gap)}"
+        in said
+    )
     assert "3 lines were run" in said and "0 of 12 trained policies collapsed" in said and "exploratory" in said
     # Turn the numbers round, and the sentences turn with them.
     turned = json.loads(json.dumps(found).replace('"ppo', '"@').replace('"dpo', '"ppo').replace('"@', '"dpo'))
@@ -88,7 +91,18 @@ def test_one_line_or_two_are_described_without_any_conclusion(seeds):
     assert f"gold reward from {words.number(few['methods'][lowest]['gold'])} ({lowest})" in text
     assert f"to {words.number(few['methods'][highest]['gold'])} ({highest})" in text
     assert "no conclusion about methods is drawn" in text and "make profile NAME=seeds && make repro" in text
-    for word in (" ahead", "significan", "outperform", "best method", "wins over", "| p |", "Holm", " p = ", "p < ", "★"):
+    for word in (
+        " ahead",
+        "significan",
+        "outperform",
+        "best method",
+        "wins over",
+        "| p |",
+        "Holm",
+        " p = ",
+        "p < ",
+        "★",
+    ):
         assert word not in text, word
     assert "± is half a 95 % interval" in text.split("| policy")[0]  # said before it first stands
 
@@ -103,7 +117,11 @@ def test_limits_say_what_lines_share(found):
 def test_failures_are_named_where_the_intervals_show_them(found):
     planted = json.loads(json.dumps(found))
     entry = planted["failures"]["ppo"]["bias_amplified"]
-    entry |= {"shown": True, "gained": {"mean": 0.3, "low": 0.1, "high": 0.5}, "lost": {"mean": -0.2, "low": -0.3, "high": -0.1}}
+    entry |= {
+        "shown": True,
+        "gained": {"mean": 0.3, "low": 0.1, "high": 0.5},
+        "lost": {"mean": -0.2, "low": -0.3, "high": -0.1},
+    }
     assert "bias amplified (utility rose, gold fell): ppo" in " ".join(words.verdict(planted))
     table = next(b for b in content.failed(planted) if isinstance(b, content.Table))
     row = next(row for row in table.rows if row[0].text == "ppo")

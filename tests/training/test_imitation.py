@@ -80,6 +80,8 @@ def pairs():
             "prompt": ["the cat", "the dog"],
             "chosen": ["sat .", "ran ."],
             "rejected": ["ran", "sat"],
+            "chosen_ids": None,
+            "rejected_ids": None,
         }
     )
 
@@ -146,7 +148,16 @@ def test_training_behind_tokens_makes_them_mean_something(own_tokenizer):
     """[GOOD] before `sat`, [BAD] before `ran`: a few steps tell them apart."""
     model = small_model(own_tokenizer, scale=1.0)
     models.add_control_tokens(model, own_tokenizer, ["[GOOD]", "[BAD]"])
-    rows = pd.DataFrame({"pair_id": list("abcdefgh"), "prompt": "the cat", "chosen": "sat .", "rejected": "ran .", "chosen_ids": None, "rejected_ids": None})
+    rows = pd.DataFrame(
+        {
+            "pair_id": list("abcdefgh"),
+            "prompt": "the cat",
+            "chosen": "sat .",
+            "rejected": "ran .",
+            "chosen_ids": None,
+            "rejected_ids": None,
+        }
+    )
     examples = imitation.from_pairs("control_tokens", rows, own_tokenizer, 32)
     settings = supervised.as_training(recipe("control_tokens", batch=8, learning_rate=3e-3), 60)
     policy = Policy(model, 1.0)

@@ -154,7 +154,9 @@ def gradients(module) -> torch.Tensor:
 
 
 def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
-    policy = Policy(small_model(tokenizer, scale=2.0), 0.7)  # is sampled at 0.7, and likelihood is still the model's own
+    policy = Policy(
+        small_model(tokenizer, scale=2.0), 0.7
+    )  # is sampled at 0.7, and likelihood is still the model's own
     networks = Networks(policy, policy, scorer(tokenizer))
     taught = learner(networks, None, rl_settings(ptx_coefficient=0.7, ptx_batch=12), examples)
     policy(collate(examples[:3], 3)).sums().sum().backward()

@@ -116,27 +116,28 @@ def policy(
     """
     sft, demonstrations, asked = line
     prompts = sorted(sft["prompt_id"].unique())
-    weight = samples.get("weight", pd.Series(1.0, index=samples.index))
+    weighted = "weight" in samples  # a law, not a set of answers: nothing to count n-grams in
     judge = judged_by(samples)
-    groups = {name: group for name, group in samples.groupby("prompt_id")}
+    ours = by_prompt(samples if weighted else samples.assign(weight=1.0))
+    unit = pd.Index(prompts).get_indexer(samples["prompt_id"])
+    weight = samples["weight"].to_numpy(float) if weighted else np.ones(len(samples))
 
     def mean_of(values: pd.Series, share: bool = False) -> Sums:
-        known = values.notna()
-        parts = pd.DataFrame({"sum": (values * weight).where(known, 0.0), "count": weight.where(known, 0.0)})
-        frame = parts.groupby(samples["prompt_id"]).sum().reindex(prompts, fill_value=0.0)
-        return Sums("prompt", frame["sum"].to_numpy(), frame["count"].to_numpy(), share=share)
+        array = values.to_numpy(float)
+        counted = np.isfinite(array) & (unit >= 0)
+        at, w = unit[counted], weight[counted]
+        top, bottom = (np.bincount(at, x, len(prompts)) for x in (array[counted] * w, w))
+        return Sums("prompt", top, bottom, share=share)
 
     def per_prompt(value: Callable[[list[str]], float]) -> Sums:
-        values = np.array([value(list(groups[p]["response"])) if p in groups else np.nan for p in prompts])
+        values = np.array([value(list(ours[p]["response"])) if p in ours else np.nan for p in prompts])
         return Sums("prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True)
 
     def wins(theirs: pd.DataFrame, by: str) -> Sums:
-        other = {prompt: values.to_numpy(float) for prompt, values in theirs.groupby("prompt_id")[by]}
+        other, none = by_prompt(theirs[["prompt_id", by]]), (0.0, 0.0)
         shares = np.array(
             [
-                win_share(groups[p][by].to_numpy(float), weight[groups[p].index].to_numpy(), other[p])
-                if p in other and p in groups
-                else (0.0, 0.0)
+                win_share(ours[p][by], ours[p]["weight"], other[p][by]) if p in other and p in ours else none
                 for p in prompts
             ]
         )
@@ -146,17 +147,15 @@ def policy(
         if asked.temperature is None:
             values = np.full(len(prompts), np.nan) if judged is None else judged.reindex(prompts).to_numpy(float)
             return Sums("prompt", np.nan_to_num(values), np.isfinite(values).astype(float), share=True)
-        other = {prompt: values.to_numpy(float) for prompt, values in sft.groupby("prompt_id")["utility"]}
+        other = by_prompt(sft[["prompt_id", "utility"]])
         top, bottom = np.zeros(len(prompts)), np.zeros(len(prompts))
         for number, p in enumerate(prompts):
-            if p in groups:
-                weights = weight[groups[p].index].to_numpy()
-                chosen = asked.preferred(groups[p]["utility"].to_numpy(float), other[p])
-                top[number], bottom[number] = weights @ chosen.mean(1), weights.sum()
+            if p in ours:
+                chosen = asked.preferred(ours[p]["utility"], other[p]["utility"])
+                top[number], bottom[number] = ours[p]["weight"] @ chosen.mean(1), ours[p]["weight"].sum()
         return Sums("prompt", top, bottom, share=True)
 
     kl = samples["logp"] - samples["reference_logp"]
-    weighted = "weight" in samples  # a law, not a set of answers: nothing to count n-grams in
     sums = {
         "preferred": preferred(),
         "gold": mean_of(samples["gold"]),
@@ -189,15 +188,27 @@ def policy(
     equal_length = None
     if control_length:
         parts = []
-        theirs = {p: (g[judge].to_numpy(float), g["tokens"].to_numpy(float)) for p, g in sft.groupby("prompt_id")}
+        theirs = by_prompt(sft[["prompt_id", judge, "tokens"]])
         for number, p in enumerate(prompts):
-            if p in groups:
-                group = groups[p]
-                ours = group[judge].to_numpy(float), group["tokens"].to_numpy(float), weight[group.index].to_numpy()
-                compared = length.compare(ours, theirs[p])
+            if p in ours:
+                mine = tuple(ours[p][column] for column in (judge, "tokens", "weight"))
+                compared = length.compare(mine, (theirs[p][judge], theirs[p]["tokens"]))
                 parts.append((*compared, np.full(len(compared[0]), number)))
         equal_length = length.fit(*map(np.concatenate, zip(*parts, strict=True)), len(prompts))
     return Measured(sums, equal_length)
+
+
+def by_prompt(table: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """prompt_id -> column -> its values there, in the order of the table; numbers as float64."""
+    codes, names = pd.factorize(table["prompt_id"])
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
+    columns = {}
+    for column in table.columns.drop("prompt_id"):
+        values = table[column].to_numpy()
+        numbers = values.astype(float) if values.dtype.kind in "bif" else values
+        columns[column] = np.split(numbers[order], ends)
+    return {name: {column: parts[i] for column, parts in columns.items()} for i, name in enumerate(names)}
 
 
 def watched(table: pd.DataFrame, rivals: pd.DataFrame, asked: Asked) -> pd.DataFrame:
@@ -206,10 +217,13 @@ def watched(table: pd.DataFrame, rivals: pd.DataFrame, asked: Asked) -> pd.DataF
     kl = table["logp"] - table["reference_logp"]
     preferred = pd.Series(np.nan, index=table.index)
     if asked.temperature is not None:
-        other = {prompt: values.to_numpy(float) for prompt, values in rivals.groupby("prompt_id")["utility"]}
-        for prompt, group in table.groupby("prompt_id"):
+        other = by_prompt(rivals[["prompt_id", "utility"]])
+        rows = by_prompt(table[["prompt_id", "utility"]].assign(row=np.arange(len(table))))
+        values = np.full(len(table), np.nan)
+        for prompt, mine in rows.items():
             if prompt in other:
-                preferred[group.index] = asked.preferred(group["utility"].to_numpy(float), other[prompt]).mean(1)
+                values[mine["row"].astype(int)] = asked.preferred(mine["utility"], other[prompt]["utility"]).mean(1)
+        preferred = pd.Series(values, index=table.index)
     return table.assign(kl=kl, preferred=preferred, objective=asked.objective(table["utility"], kl))
 
 

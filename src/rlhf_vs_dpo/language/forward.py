@@ -26,7 +26,9 @@ def measure(network: Network, examples: Sequence[Tokens], read: Callable, what: 
     where = list(places.values())
     values: list = [None] * len(examples)
     with bar(len(distinct), what or "", "text", visible=what is not None) as progress, autocast(device):
-        for group in micro_batches([len(example) for example in distinct], network.budget):
+        # Responses of one length together, whatever their prompts: little padding, and many share a prompt, which is read once.
+        longest = max((len(example.prompt) for example in distinct), default=0)
+        for group in micro_batches([longest + len(example.response) for example in distinct], network.budget):
             batch = collate([distinct[i] for i in group], network.pad).to(device)
             for i, value in zip(group, read(network, batch), strict=True):
                 for place in where[i]:

@@ -60,11 +60,15 @@ class Batch(NamedTuple):
     input_ids      (B, T) int64
     attention_mask (B, T) int64, 1 at real tokens
     response_mask  (B, T) bool, True at response tokens (EOS among them)
+    first          (P,) int64, a row of each distinct prompt: what rows share need be read once
+    owner          (B,) int64, which of these P prompts each row has
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    first: Tensor
+    owner: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -234,7 +238,10 @@ def collate(examples: Sequence[Tokens], pad: int) -> Batch:
         ids[row, middle:end] = example.response
         attention[row, :end] = 1
         response[row, middle:end] = True
-    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(response))
+    seen: dict[tuple[int, ...], int] = {}  # prompt -> the first row that has it
+    rows = [seen.setdefault(tuple(example.prompt), row) for row, example in enumerate(examples)]
+    first, owner = np.unique(np.array(rows, dtype=np.int64), return_inverse=True)
+    return Batch(*map(torch.from_numpy, (ids, attention, response, first, owner)))
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:

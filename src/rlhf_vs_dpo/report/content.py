@@ -252,9 +252,7 @@ def _ranked(found: dict[str, Any]) -> list[str]:
 
 def main_table(found: dict[str, Any], traced: set[str], metrics: Collection[str] = COLUMNS.keys()) -> Table:
     """Every row with its metrics, linked to where it comes from; columns without any value are left out."""
-    shown = {
-        m: COLUMNS[m] for m in metrics if any(row[m]["mean"] is not None for row in found["methods"].values())
-    }
+    shown = {m: COLUMNS[m] for m in metrics if any(row[m]["mean"] is not None for row in found["methods"].values())}
     rows = []
     for row in _ranked(found):
         method = found["method_of"][row]

@@ -155,11 +155,15 @@ def waves() -> list[list[str]]:
         stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)}
         order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
         generations = [set(wave) for wave in networkx.topological_generations(graph.subgraph(stale).reverse())]
-        # What stands alone (`theory`) would keep the first wave waiting; the widest one hardly notices it.
+        # What stands alone (`theory`) would keep a narrow wave waiting; the widest one starts with it, and hardly notices it.
         alone = {stage for stage in stale if not graph.degree(stage)}
         if connected := [wave - alone for wave in generations if wave - alone]:
             max(connected, key=len).update(alone)
-        return [[s.addressing for s in sorted(wave, key=order.__getitem__)] for wave in connected or generations]
+
+        def place(stage) -> tuple[bool, int]:
+            return stage not in alone, order[stage]
+
+        return [[s.addressing for s in sorted(wave, key=place)] for wave in connected or generations]
 
 
 def how_many() -> int:
