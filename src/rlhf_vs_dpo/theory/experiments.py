@@ -184,6 +184,8 @@ def imitated(
             "prompt": [f"p{p}" for p in pairs["prompt"]],
             "chosen": texts("chosen"),
             "rejected": texts("rejected"),
+            "chosen_ids": None,
+            "rejected_ids": None,
         }
     )
     examples = from_pairs(recipe, table, problem.tokenizer, 16)
