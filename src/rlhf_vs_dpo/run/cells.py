@@ -154,9 +154,10 @@ def waves() -> list[list[str]]:
         stale = {stage for stage in graph if stage.addressing in changed}
         stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)}
         order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
-        generations = [set(wave) for wave in networkx.topological_generations(graph.subgraph(stale).reverse())]
+        waiting = graph.subgraph(stale)
+        generations = [set(wave) for wave in networkx.topological_generations(waiting.reverse())]
         # What stands alone (`theory`) would keep a narrow wave waiting; the widest one starts with it, and hardly notices it.
-        alone = {stage for stage in stale if not graph.degree(stage)}
+        alone = {stage for stage in stale if not waiting.degree(stage)}
         if connected := [wave - alone for wave in generations if wave - alone]:
             max(connected, key=len).update(alone)
 
