@@ -219,7 +219,7 @@ def test_reward_and_preference_learn_from_chosen_to_rejected(smoke, monkeypatch)
     out = folder / "by-hand" / "planted"
     out.mkdir(parents=True)
     pairs = pd.read_parquet(folder / "data" / "pairs-0.parquet").assign(
-        chosen="i feel happy .", rejected="to be honest , we had a fight ."
+        chosen="i feel happy .", rejected="to be honest , we had a fight .", chosen_ids=None, rejected_ids=None
     )
     pairs.to_parquet(out / "pairs.parquet", index=False)
     monkeypatch.setattr(config, "read_params", lambda: planted)
@@ -284,11 +284,22 @@ def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
     assert sorted(by_policy) == sorted(["sft-0", *(f"{p}-0" for p in POLICIES), "best_of_4-0"]) and len(
         by_policy
     ) == len(rows)
-    assert len(rows) - 1 + len(others) == STAGES  # best-of-n has a row and no stage
+    assert len(rows) - 1 + len(others) == STAGES - 1  # best-of-n has a row and no stage, and `check` a stage and no run
     dpo = by_policy["dpo-0"]
     assert dpo.info.run_id == json.loads((folder / "runs" / "dpo-0.json").read_text())["run_id"]
+    assert {
+        "evaluation/preferred",
+        "evaluation/utility",
+        "evaluation/objective",
+        "heldout/utility",
+    } <= dpo.data.metrics.keys()
     assert {"evaluation/gold", "evaluation/kl", "heldout/gold", "heldout/reward", "loss"} <= dpo.data.metrics.keys()
-    assert {"cost/total_flops", "cost/seconds", "cost/peak_memory_mib", "validation/gold"} <= dpo.data.metrics.keys()
+    assert {
+        "cost/total_flops",
+        "cost/seconds",
+        "cost/peak_memory_mib",
+        "validation/preferred",
+    } <= dpo.data.metrics.keys()
     assert dpo.data.params["preference.dpo.beta"] == "0.1" == dpo.data.params["method.beta"]
     assert dpo.data.params["method.learning_rate"] == "0.0001"  # defaults included
     tags = {"family": "preference", "method": "dpo", "seed": "0", "dvc.stage": "preference@dpo-0", "profile": "smoke"}
@@ -346,7 +357,8 @@ def test_policies_are_registered_once_and_the_best_on_validation_is_named(smoke)
     assert judged[best.tags["policy"]] == max(judged.values())
     experiment = client.get_experiment_by_name("rlhf-vs-dpo")
     view = json.loads(experiment.tags["mlflow.sharedViewState.comparison"])
-    assert "metrics.`evaluation/gold`" in view["selectedColumns"] and view["orderByKey"] == "metrics.`evaluation/gold`"
+    assert {"metrics.`evaluation/gold`", "metrics.`evaluation/preferred`"} <= set(view["selectedColumns"])
+    assert view["orderByKey"] == "metrics.`evaluation/preferred`"
     told = run(folder, sys.executable, "-m", "rlhf_vs_dpo.run.store")
     assert told.strip().endswith(f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=comparison")
 
@@ -414,6 +426,7 @@ def test_dvc_shows_a_row_of_metrics_per_policy_and_draws_plots(smoke):
         assert picture.count("<path") > 20 and "undefined" not in picture
 
 
+@pytest.mark.slow
 def test_a_stage_gives_the_same_bytes_twice(smoke):
     folder = smoke
 
@@ -477,33 +490,25 @@ def test_what_the_environment_asks_for_moves_no_byte(smoke):
     assert json.loads((smoke / "by-hand" / "native-0" / "r.json").read_text())["arithmetic"].startswith("native")
 
 
-def test_changing_beta_reruns_its_cell_and_the_tail_only(smoke, request):
-    folder = smoke
-    request.addfinalizer(lambda: change(folder, "preference.dpo.beta", 0.1))
-    change(folder, "preference.dpo.beta", 0.2)
-    assert ran(run(folder, "dvc", "repro")) == ["preference@dpo-0", "sample_preference@dpo-0", *TAIL]
-    change(folder, "preference.dpo.beta", 0.1)
-    assert not [stage for stage in ran(run(folder, "dvc", "repro")) if stage not in TAIL]
+def test_a_changed_number_and_a_new_variant_run_their_cells_and_the_tail_only(smoke, request):
+    before = (smoke / "params.yaml").read_text()
+    request.addfinalizer(lambda: (smoke / "params.yaml").write_text(before))
+    change(smoke, "preference.dpo.beta", 0.2)
+    change(smoke, "preference.dpo_b05", {"loss": "dpo", "beta": 0.5})
+    change(smoke, "policies.preference", ["dpo", "simpo", "dpo_online", "dpo_b05"])
+    again = ran(run(smoke, "dvc", "repro"))
+    cells = [f"{stage}@{method}-0" for method in ("dpo", "dpo_b05") for stage in ("preference", "sample_preference")]
+    assert sorted(again) == sorted(["check", *cells, *TAIL]) and again[0] == "check" and again[-3:] == TAIL
+    assert "dpo_b05" in results(smoke)["methods"]
+    (smoke / "params.yaml").write_text(before)
+    assert not [stage for stage in ran(run(smoke, "dvc", "repro", "sample_preference@dpo-0")) if stage != "check"]
 
 
 def test_editing_the_evaluation_retrains_nothing(smoke):
-    folder = smoke
-    path = folder / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
+    path = smoke / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
     path.write_text(path.read_text() + "\n# edited\n")
-    assert "evaluate" in (again := ran(run(folder, "dvc", "repro"))) and set(again) <= {"evaluate", "report"}
-    path = folder / "src" / "rlhf_vs_dpo" / "report" / "words.py"
-    path.write_text(path.read_text() + "\n# edited\n")
-    assert ran(run(folder, "dvc", "repro")) == ["report"]
-
-
-def test_a_new_variant_becomes_a_row(smoke):
-    folder = smoke
-    change(folder, "preference.dpo_b05", {"loss": "dpo", "beta": 0.5})
-    change(folder, "policies.preference", ["dpo", "simpo", "dpo_online", "dpo_b05"])
-    output = run(folder, "dvc", "repro")
-    assert ran(output) == ["preference@dpo_b05-0", "sample_preference@dpo_b05-0", *TAIL]
-    assert "dpo_b05" in results(folder)["methods"]
-    change(folder, "policies.preference", ["dpo", "simpo", "dpo_online"])
+    again = ran(run(smoke, "dvc", "repro"))
+    assert "evaluate" in again and set(again) <= {"judge", "evaluate", "report"}
 
 
 def preference(method: str, reference: str, out: str) -> list[str]:
@@ -553,7 +558,9 @@ def test_two_processes_train_the_same_policy(smoke):
     same_policy(smoke, "one", "two")
 
 
-@pytest.mark.parametrize("method", ["ppo_ptx", "trpo", "rloo"])
+@pytest.mark.parametrize(
+    "method", ["ppo_ptx", pytest.param("trpo", marks=pytest.mark.slow), pytest.param("rloo", marks=pytest.mark.slow)]
+)
 def test_two_processes_reinforce_the_same_policy(smoke, method, request):
     """With two minibatches: episodes, groups, whitening, minibatches, Fisher products and line search are global."""
     before = (smoke / "params.yaml").read_text()
@@ -730,7 +737,7 @@ def own_project(folder: Path, form: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["explicit", "conversational"])
+@pytest.mark.parametrize("form", [pytest.param("explicit", marks=pytest.mark.slow), "conversational"])
 def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
     folder = own_project(tmp_path / "project", form)
     change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
@@ -742,7 +749,7 @@ def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
 
 def test_own_preferences_go_through_the_whole_graph(tmp_path):
     folder = own_project(tmp_path / "project", "implicit")
-    imitation = ["chosen_sft", "best_of_n"]
+    imitation = ["best_of_n"]
     change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
     change(folder, "seeds", [0, 1])
     change(folder, "evaluate.preferred_by", "rm")

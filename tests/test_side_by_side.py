@@ -51,12 +51,16 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def test_cells_side_by_side_give_the_bytes_of_one_process_and_dvc_has_nothing_to_do(made, tmp_path):
+def test_cells_side_by_side_run_all_and_leave_dvc_nothing_to_do(made):
+    assert len(bytes_of(made)) > 50 and ran(run(made, "dvc", "repro")) == []
+    assert not list(made.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_cells_side_by_side_give_the_bytes_of_one_process(made, tmp_path):
     alone = small(tmp_path / "alone")
     run(alone, sys.executable, Path(__file__).parent / "project.py", str(alone), PYTHONPATH=str(Path(__file__).parent))
-    assert bytes_of(made) == bytes_of(alone) and len(bytes_of(made)) > 50
-    assert ran(run(made, "dvc", "repro")) == []
-    assert not list(made.rglob("*.tmp"))
+    assert bytes_of(made) == bytes_of(alone)
 
 
 def test_a_second_seed_is_a_line_of_its_own(made):

@@ -12,8 +12,8 @@ from rlhf_vs_dpo.evaluation.whole import Inputs, lines_of
 from rlhf_vs_dpo.preferences import answers
 
 HEADLINES = (  # of `dvc metrics show`: few enough to be read
-    "preferred", "gold", "utility", "objective", "reward", "win_rate_vs_sft", "length_controlled_win_rate", "kl", "tokens", "finished", "filler",
-    "distinct_2", "corpus_perplexity", "fact_recall",
+    "preferred", "gold", "utility", "objective", "reward", "win_rate_vs_sft", "kl", "tokens", "finished", "filler",
+    "corpus_perplexity",
 )  # fmt: skip
 LEARNING = {  # column of a training curve -> column of the table
     "pairs/accuracy": "accuracy",
