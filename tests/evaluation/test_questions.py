@@ -8,9 +8,9 @@ import pytest
 from rlhf_vs_dpo.evaluation.questions import answered
 from rlhf_vs_dpo.evaluation.statistics import Resamples
 
-# Variance components of `preferred` between lines and prompts: see docs/statistics.md for where they come from.
+# Standard deviations of `preferred`: what a line gives to all its methods, to each, of prompts, of answers. Assumed, see docs/statistics.md.
 LINE, METHOD, PROMPT, ANSWER = 0.020, 0.015, 0.15, 0.20
-EXPERIMENTS = int(os.environ.get("RLHF_EXPERIMENTS", 30))  # docs/statistics.md has the figures of 1,000
+EXPERIMENTS = int(os.environ.get("RLHF_EXPERIMENTS", 30))
 
 
 def experiment(rng, lines, effects, prompts=150):
