@@ -66,9 +66,11 @@ def test_cells_side_by_side_give_the_bytes_of_one_process(made, tmp_path):
 def test_a_second_seed_is_a_line_of_its_own(made):
     before = (made / "params.yaml").read_text()
     change(made, "seeds", [0, 1])
-    with inside(made):
+    with inside(made, **ENV):
+        assert cells.checked() == 0
         new = {name for wave in cells.waves() for name in wave}
-    (made / "params.yaml").write_text(before)
+        (made / "params.yaml").write_text(before)
+        assert cells.checked() == 0 and not cells.waves()
     line = {"sft@1", "preferences@1", "reward@1", "reference@1", "pool@1", "sample_sft@1"}
     line |= {f"{stage}@{method}-1" for stage in ("preference", "sample_preference") for method in ("dpo", "simpo")}
     assert new == line | {"judge", "evaluate", "report"}

@@ -78,27 +78,22 @@ def test_a_prompt_is_read_once_padding_never_and_the_last_layer_works_where_some
 
 
 def test_gradients_can_be_differentiated_again(batch):
-    """For TRPO's Fisher products: of the slope along a direction, against differences of slopes."""
+    """For TRPO's Fisher products: the slope of the slope along a direction is that of the whole model."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    model = llama(2, 2).double()
-    where, weights = before(batch.response_mask), torch.randn(int(batch.response_mask.sum()), 32, dtype=torch.float64)
-    parameter = model.model.layers[0].self_attn.q_proj.weight
-    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-    def slope(shift: float, again: bool = False):
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            parameter.add_(shift * direction)
-        with sdpa_kernel(SDPBackend.MATH):
-            value = (states(model, batch, where) * weights).sum()
-            (found,) = torch.autograd.grad(value, parameter, create_graph=again)
-        return found
-
-    found = slope(0.0, again=True)
-    with sdpa_kernel(SDPBackend.MATH):
-        (along,) = torch.autograd.grad(found, parameter, direction)
-    ahead, behind = slope(1e-5).clone(), slope(-2e-5).clone()
-    assert torch.allclose(along, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-4 * along.abs().max())
+    model = llama(2, 2)
+    where, draw = before(batch.response_mask), torch.Generator().manual_seed(2)
+    weights = torch.randn(int(where.sum()), 32, generator=draw)
+    parameters = [p for name, p in model.named_parameters() if "layers" in name]
+    directions = [torch.randn(p.shape, generator=draw) for p in parameters]
+    found = []
+    for of in (states, whole):
+        with sdpa_kernel(SDPBackend.MATH):  # the one attention kernel that can be differentiated twice
+            value = (of(model, batch, where) * weights).sum()
+            slopes = torch.autograd.grad(value, parameters, create_graph=True)
+            found.append(torch.autograd.grad(slopes, parameters, directions))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max()) and theirs.abs().max() > 0
 
 
 def test_any_other_model_runs_whole(batch, monkeypatch):

@@ -193,7 +193,7 @@ for entry in [*entries.values(), *pools]:
         with frame.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
             for step in range(20):
                 run.log({"loss": 1 / (step + 1), "rollout/score": float(step)}, step)
-publish.publish(views.for_tracking(found, inputs), "gold", print)
+publish.publish(views.for_tracking(found, inputs), found["axes"], print)
 """
     environment = {**os.environ, "DVC_ROOT": str(folder)}
     environment.pop("MLFLOW_TRACKING_URI", None)

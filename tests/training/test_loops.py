@@ -40,9 +40,9 @@ def token_logp(model, tokens: Tokens, temperature: float) -> list[float]:
 def values_before(value, tokens: Tokens) -> list[float]:
     with torch.no_grad():
         batch = collate([tokens], 3)
-        every = value(batch, torch.ones_like(batch.response_mask))
-    start = len(tokens.prompt)
-    return [every[i - 1].item() for i in range(start, len(tokens))]
+        place = torch.arange(len(tokens))[None]
+        where = (place >= len(tokens.prompt) - 1) & (place < len(tokens) - 1)
+        return value(batch, where).tolist()
 
 
 @pytest.fixture
