@@ -29,9 +29,9 @@ repro: install check
 	@echo "  make ui                          all runs in MLflow"
 	@echo "  source $(VENV)/bin/activate      then change a number in params.yaml and type: dvc repro"
 
-# Files of tests side by side, as many as there are cores.
+# Files of tests side by side, as many as there are cores, the longest first (tests/conftest.py).
 test: $(VENV)/.tested
-	pytest -n auto --dist loadfile -m "not real and not gpu and not slow"
+	pytest -n auto --dist loadfile --no-loadscope-reorder -m "not real and not gpu and not slow"
 
 # Reruns under load, kill -9 at random times, one core against two, a sweep: about an hour on two cores.
 test-slow: $(VENV)/.tested

@@ -18,6 +18,14 @@ import torch  # noqa: E402
 WORDS = ["the", "a", "dog", "cat", "sat", "ran", "on", "mat", "rug", "and", ",", ".", "tl;dr", ":"]
 
 
+LONGEST = ["test_pipeline.py", "test_side_by_side.py", "test_cells.py", "test_browser.py", "test_questions.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first: begun last, one of them would keep everything waiting."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from rlhf_vs_dpo.language.text import word_tokenizer
