@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: repro test test-slow test-real test-browser install ui profile check lint
 
-repro: install check
+repro: install
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
 	  dvc config --local core.no_scm true; \
 	  echo "No git here: everything runs, but experiments (dvc exp), diffs between commits (dvc params diff, dvc metrics diff)"; \

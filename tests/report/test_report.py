@@ -126,6 +126,10 @@ def test_failures_are_named_where_the_intervals_show_them(found):
     table = next(b for b in content.failed(planted) if isinstance(b, content.Table))
     row = next(row for row in table.rows if row[0].text == "ppo")
     assert row[1].text == "+0.30 (+0.10 to +0.50)" and row[5].text == "yes"
+    of_n = [name for name in planted["failures"] if name.startswith("best of")]
+    assert len(of_n) > 1
+    planted["failures"][of_n[-1]]["reward_model_exploited"] |= {"shown": True}
+    assert f"utility fell): {of_n[-1]} and more." in " ".join(words.verdict(planted))
 
 
 def test_a_number_read_between_points_far_apart_is_marked(found):

@@ -15,10 +15,8 @@ from rlhf_vs_dpo.evaluation.statistics import Estimate, Resamples, win_share
 from rlhf_vs_dpo.run.progress import bar
 
 LENGTH_BINS = 5  # of responses, by the SFT policy's quantiles
-AXES = (
-    "preferred",
-    "gold",
-)  # what the labels asked for, and what they should have asked for; without either, the RM reward
+# What the labels asked for, and what they should have asked for. Without either, the RM reward takes their place.
+AXES = ("preferred", "gold")
 
 
 @dataclass(frozen=True)

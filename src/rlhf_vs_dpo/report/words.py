@@ -4,6 +4,7 @@ One line, or two, are described: no sentence draws a conclusion about methods, f
 three on, the planned questions are answered (`evaluation.questions`).
 """
 
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,13 @@ def _described(found: dict[str, Any], lines: int) -> list[str]:
         rank = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 else float("nan")
         if np.isfinite(rank):
             said += f". The two orders of rows correlate by {rank:.2f} (Spearman: 1 is the same order, 0 no relation, −1 the reverse)"
-    few = "One line was run" if lines == 1 else "Two lines were run"
+    few, missing = ("One line was run", "twice") if lines == 1 else ("Two lines were run", "half")
     return [
         said + ".",
         f"{few} (a line is a run of the whole pipeline from one seed: its own SFT policy, pairs, reward model, and one run of each method). "
         "That describes these policies; another line can order them otherwise, so no conclusion about methods is drawn. "
-        f"`make profile NAME=seeds && make repro` runs three lines, which takes about {'three times as long' if lines == 1 else 'half as long again'} as "
-        "this run (run.html has its seconds) and keeps what is done; from three on, the planned questions are answered.",
+        f"`make profile NAME=seeds && make repro` runs lines 0, 1 and 2. What is done is kept; what is missing takes about {missing} as long as this run "
+        "took (run.html has its seconds). From three lines on, the planned questions are answered.",
     ]
 
 
@@ -135,8 +136,12 @@ def _failed(found: dict[str, Any]) -> str | None:
              "reward_model_exploited": "reward model exploited (its score rose, utility fell)"}  # fmt: skip
     told = []
     for kind, words in names.items():
-        of = [name for name, both in found["failures"].items() if both[kind]["shown"]]
-        of = [name for name in of if not name.startswith("best of")] + [n for n in of if n.startswith("best of")][-1:]
+        seen = {name: both[kind]["shown"] for name, both in found["failures"].items()}
+        of = [name for name, shows in seen.items() if shows and not name.startswith("best of")]
+        over_n = [name for name in seen if name.startswith("best of")]
+        to_the_end = list(takewhile(seen.__getitem__, reversed(over_n)))  # from which n on it shows
+        if to_the_end:
+            of.append(f"{to_the_end[-1]} and more")
         told.append(f"{words}: {listed(of) or 'none'}")
     return (
         f"Two ways to go wrong, as far as the intervals of this run tell: {'; '.join(told)}."
