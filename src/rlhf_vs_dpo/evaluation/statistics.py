@@ -30,10 +30,10 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special
 from statsmodels.stats.multitest import multipletests
 
-Z = float(stats.norm.ppf(0.975))
+Z = float(special.ndtri(0.975))
 NOTHING = {"mean": None, "low": None, "high": None}
 
 
@@ -87,8 +87,10 @@ class Estimate:
         if self.interval() == NOTHING:
             return None
 
+        parts = self._parts()
+
         def beyond(log_alpha: float) -> float:
-            return self._half_width(float(np.exp(log_alpha))) - abs(self.value)
+            return _half_width(parts, float(np.exp(log_alpha))) - abs(self.value)
 
         smallest = np.log(1e-12)
         if np.nanvar(self.draws) == 0 or beyond(0.0) > 0:  # a half width of 0 at alpha = 1
@@ -100,25 +102,35 @@ class Estimate:
     def _ends(self) -> tuple[float, float]:
         """The ends of a 95 % interval, as the head of this file says."""
         if self.lines > 1:
-            half = self._half_width(0.05)
+            half = _half_width(self._parts(), 0.05)
             return self.value - half, self.value + half
-        stretch = float(stats.t.ppf(0.975, max(self.units - 1, 1))) / Z
+        stretch = _student(0.025, max(self.units - 1, 1)) / Z
         low, high = self.value + stretch * (np.nanpercentile(self.draws, [2.5, 97.5]) - self.value)
         return float(low), float(high)
 
-    def _half_width(self, alpha: float) -> float:
-        """Half the width of a 1 - alpha interval, as the head of this file says."""
+    def _parts(self) -> list[tuple[float, float]]:
+        """(variance, degrees of freedom) of each level that varies: prompts, and lines."""
         rest = max(float(np.nanvar(self.draws, ddof=1)) - self.line_variance, 0.0)
         parts = [(rest, float(max(self.units - 1, 1)))]
         if self.line_variance > 0:
             parts.append((self.line_variance, float(self.lines - 1)))
-        total = sum(variance for variance, _ in parts)
-        if not total > 0:
-            return 0.0
-        together = total**2 / sum(variance**2 / count for variance, count in parts)
-        narrow = total**0.5 * float(stats.t.isf(alpha / 2, together))
-        wide = sum(variance * float(stats.t.isf(alpha / 2, count)) ** 2 for variance, count in parts) ** 0.5
-        return (narrow + wide) / 2
+        return parts
+
+
+def _half_width(parts: list[tuple[float, float]], alpha: float) -> float:
+    """Half the width of a 1 - alpha interval of a number with these (variance, degrees of freedom), as the head of this file says."""
+    total = sum(variance for variance, _ in parts)
+    if not total > 0:
+        return 0.0
+    together = total**2 / sum(variance**2 / count for variance, count in parts)
+    narrow = total**0.5 * _student(alpha / 2, together)
+    wide = sum(variance * _student(alpha / 2, count) ** 2 for variance, count in parts) ** 0.5
+    return (narrow + wide) / 2
+
+
+def _student(tail: float, freedom: float) -> float:
+    """The value that Student's t exceeds with this probability, at most 1/2."""
+    return -float(special.stdtrit(freedom, tail))
 
 
 class Resamples:
@@ -129,10 +141,13 @@ class Resamples:
         self._units: dict[tuple[str, int], np.ndarray] = {}
 
     def units(self, kind: str, units: int) -> np.ndarray:
-        """(count, units) how often each prompt (or document, or fact) is drawn; the same whenever it is asked for."""
+        """(count, units) float64: how often each prompt (or document, or fact) is drawn; the same whenever it is asked for."""
         key = kind, units
         if key not in self._units:
-            self._units[key] = self._stream(kind).multinomial(units, np.full(units, 1 / units), size=self.count)
+            drawn = self._stream(kind).multinomial(units, np.full(units, 1 / units), size=self.count)
+            self._units[key] = drawn.astype(
+                np.float64
+            )  # once: a product of integers and floats would convert them each time
         return self._units[key]
 
     def lines(self, lines: int) -> np.ndarray:
@@ -205,6 +220,6 @@ def win_share(
     """(wins, comparisons) of every response of one policy against every response of another to the same prompt; a tie is
     half a win. Each response counts as often as its weight says (theirs once each, where none are given). Responses without
     a value (NaN: they never ended) lose against those with one, and tie among themselves."""
-    a, b = np.nan_to_num(ours, nan=-np.inf)[:, None], np.nan_to_num(theirs, nan=-np.inf)[None, :]
+    a, b = (np.where(np.isnan(values), -np.inf, values) for values in (ours[:, None], theirs[None, :]))
     others = np.ones(len(theirs)) if their_weights is None else their_weights
     return float(weights @ ((a > b) + 0.5 * (a == b)) @ others), float(weights.sum() * others.sum())

@@ -6,7 +6,7 @@ log-probabilities and values; at the last one, for a reward. A Llama is therefor
 - a prompt that several responses share is read once: tokens of prompts and tokens of responses are two kinds of rows, and a response
   attends to the keys and values of its prompt;
 - in the last layer a place that nobody reads is a key and a value alone: its query, attention and feed-forward are left out;
-- what is no attention works on a flat list of tokens, without padding.
+- what is no attention works on a flat list of tokens, without padding, and projections of the same tokens are one product.
 
 What is read is the same, to rounding (a test holds values and gradients against the model as it comes). Any other model runs as it comes.
 """
@@ -48,29 +48,29 @@ def _is_llama(body: nn.Module) -> bool:
 
 
 class Rows(NamedTuple):
-    """Where the tokens of a flat list stand among padded rows.
+    """Rows of tokens of a flat list, as attention wants them.
 
-    slots   (n,) int64, place of each token among the `count` x `width` slots of the rows
-    filled  (count, width) bool, slots that hold a token
+    tokens  (count, width) int64, the place in the list of the token of each slot; some other token's where there is none
+    filled  (count, width) bool, slots that have a token
     """
 
-    slots: Tensor
+    tokens: Tensor
     filled: Tensor
 
     @staticmethod
-    def of(lengths: Tensor) -> "Rows":
-        """Rows of these many tokens, each from its first slot on."""
+    def of(lengths: Tensor, start: int) -> "Rows":
+        """Rows of these many tokens, one behind the other in the list from `start` on."""
         filled = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        return Rows(filled.flatten().nonzero()[:, 0], filled)
+        before = (filled.flatten().cumsum(0) - 1).clamp_min(0)
+        return Rows(start + before.view_as(filled), filled)
 
     def pad(self, flat: Tensor) -> Tensor:
-        """(n, heads, width of a head) -> (count, heads, width, width of a head), 0 where there is no token."""
-        padded = _Pad.apply(flat, self.slots, self.filled.numel())
-        return padded.view(*self.filled.shape, *flat.shape[1:]).transpose(1, 2)
+        """(n, heads, head width) -> (count, heads, width, head width)."""
+        return flat.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape).transpose(1, 2)
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """The reverse of `pad`, heads side by side: (n, heads x width of a head)."""
-        return _Unpad.apply(padded.transpose(1, 2).flatten(-2).flatten(0, 1), self.slots)
+        """The reverse, heads side by side: (tokens of these rows, heads x head width)."""
+        return padded.transpose(1, 2).flatten(-2).flatten(0, 1).index_select(0, self.filled.flatten().nonzero()[:, 0])
 
 
 def _of_llama(body: nn.Module, batch: Batch, where: Tensor) -> Tensor:
@@ -80,69 +80,62 @@ def _of_llama(body: nn.Module, batch: Batch, where: Tensor) -> Tensor:
     place = torch.arange(batch.input_ids.shape[1], device=where.device)
     shared = place < starts[batch.first][:, None]  # (P, T) tokens of distinct prompts
     own = (place >= starts[:, None]) & (place < ends[:, None])  # (B, T) tokens of each response
-    prompts = Rows.of(starts[batch.first]) if shared.any() else None
-    responses = Rows.of(ends - starts)
     count = int(shared.sum())
+    prompts, responses = Rows.of(starts[batch.first], 0), Rows.of(ends - starts, count)
+    whole = Rows(*(torch.cat([one[batch.owner], other], dim=1) for one, other in zip(prompts, responses, strict=True)))
 
     ids = torch.cat([batch.input_ids[batch.first][shared], batch.input_ids[own]])
     positions = torch.cat([place.expand_as(shared)[shared], place.expand_as(own)[own]])
     flat = body.embed_tokens(ids)  # (n, d): tokens of prompts, then tokens of responses
-    turn = tuple(of[0, :, None] for of in body.rotary_emb(flat[None], positions[None]))  # cos, sin: (n, 1, head width)
+    cos, sin = (of[0, :, None] for of in body.rotary_emb(flat[None], positions[None]))  # (n, 1, head width)
+    half = sin.shape[-1] // 2
+    turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
-    order = torch.arange(responses.filled.shape[1], device=where.device).expand_as(responses.filled)
+    order = place[: responses.filled.shape[1]].expand_as(responses.filled)  # place of each token in its response
+    seen = _seen(order, prompts.filled[batch.owner])
     for layer in below:
-        keys, values = _keys_and_values(layer, flat, turn)
-        queries = _queries(layer, flat, turn)
-        attended = []
-        if prompts is not None:
-            q, k, v = (prompts.pad(of[:count]) for of in (queries, keys, values))
-            attended.append(prompts.unpad(_attention(layer, q, k, v, None)))
-        attended.append(
-            responses.unpad(
-                _of_responses(
-                    layer, responses.pad(queries[count:]), order, keys, values, prompts, responses, batch.owner
-                )
-            )
-        )
+        queries, keys, values = _heads(layer, flat, turn, "qkv")
+        of_responses = _attention(layer, responses.pad(queries), whole.pad(keys), whole.pad(values), seen)
+        attended = [responses.unpad(of_responses)]
+        if count:
+            of_prompts = _attention(layer, prompts.pad(queries), prompts.pad(keys), prompts.pad(values), None)
+            attended.insert(0, prompts.unpad(of_prompts))
         flat = _rest(layer, flat, torch.cat(attended))
 
-    keys, values = _keys_and_values(top, flat, turn)
+    keys, values = _heads(top, flat, turn, "kv")
     wanted = where[own].nonzero()[:, 0]  # which tokens of responses are read
-    read = _Unpad.apply(flat, count + wanted)
-    slots = Rows.of(where.sum(-1))
-    at = torch.zeros_like(slots.filled, dtype=torch.int64).masked_scatter(
-        slots.filled, order[responses.filled][wanted]
-    )  # in its response, the place of each that is read
-    queries = slots.pad(_queries(top, read, tuple(of[count + wanted] for of in turn)))
-    attended = _of_responses(top, queries, at, keys, values, prompts, responses, batch.owner)
-    return body.norm(_rest(top, read, slots.unpad(attended)))
+    read, turned = flat.index_select(0, count + wanted), tuple(of.index_select(0, count + wanted) for of in turn)
+    (queries,) = _heads(top, read, turned, "q")
+    slots = Rows.of(where.sum(-1), 0)
+    at = order[responses.filled][wanted].index_select(0, slots.tokens.flatten()).view_as(slots.tokens)
+    seen = _seen(at, prompts.filled[batch.owner], responses.filled.shape[1])
+    attended = slots.unpad(_attention(top, slots.pad(queries), whole.pad(keys), whole.pad(values), seen))
+    return body.norm(_rest(top, read, attended))
 
 
-def _queries(layer: nn.Module, flat: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries of tokens, (n, heads, head width), turned by their positions."""
-    queries = layer.self_attn.q_proj(layer.input_layernorm(flat))
-    return _turned(queries.unflatten(-1, (-1, layer.self_attn.head_dim)), turn)
+def _heads(layer: nn.Module, flat: Tensor, turn: tuple[Tensor, Tensor], which: str) -> tuple[Tensor, ...]:
+    """Queries, keys and values of tokens, those of "q", "k" and "v" that are asked for, in one product: each (n, heads, head width).
+
+    Queries and keys are turned by their positions.
+    """
+    attention = layer.self_attn
+    asked = [getattr(attention, f"{name}_proj") for name in which]
+    bias = None if asked[0].bias is None else torch.cat([projection.bias for projection in asked])
+    weight = torch.cat([projection.weight for projection in asked])
+    heads = nn.functional.linear(layer.input_layernorm(flat), weight, bias).unflatten(-1, (-1, attention.head_dim))
+    counts = [projection.out_features // attention.head_dim for projection in asked]
+    turned = len(which.rstrip("v"))
+    moving, *values = heads.split([sum(counts[:turned]), *counts[turned:]], dim=1)
+    return *_turned(moving, turn).split(counts[:turned], dim=1), *values
 
 
-def _keys_and_values(layer: nn.Module, flat: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys, turned, and values of tokens, each (n, key-value heads, head width)."""
-    attention, normed = layer.self_attn, layer.input_layernorm(flat)
-    heads = (-1, attention.head_dim)
-    return _turned(attention.k_proj(normed).unflatten(-1, heads), turn), attention.v_proj(normed).unflatten(-1, heads)
+def _seen(at: Tensor, prompt: Tensor, width: int | None = None) -> Tensor:
+    """What queries at places `at` (B, S) of their responses may attend to: their prompt (B, W), and their response so far.
 
-
-def _of_responses(layer, queries, at, keys, values, prompts, responses, owner) -> Tensor:
-    """What queries of responses (B, heads, S, width), at places `at` (B, S) of their responses, attend to: their prompt, and
-    their response so far."""
-    count = 0 if prompts is None else len(prompts.slots)
-    k, v = responses.pad(keys[count:]), responses.pad(values[count:])
-    seen = (torch.arange(k.shape[2], device=at.device) <= at[..., None])[:, None]  # (B, 1, S, response)
-    if prompts is not None:
-        k = torch.cat([prompts.pad(keys[:count])[owner], k], dim=2)
-        v = torch.cat([prompts.pad(values[:count])[owner], v], dim=2)
-        of_prompt = prompts.filled[owner][:, None, None].expand(-1, 1, at.shape[1], -1)
-        seen = torch.cat([of_prompt, seen], dim=-1)
-    return _attention(layer, queries, k, v, seen)
+    (B, 1, S, W + width) bool; `width` is that of the responses, S where it is not given.
+    """
+    so_far = torch.arange(width or at.shape[1], device=at.device) <= at[..., None]
+    return torch.cat([prompt[:, None].expand(-1, at.shape[1], -1), so_far], dim=-1)[:, None]
 
 
 def _attention(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
@@ -163,34 +156,9 @@ def _rest(layer: nn.Module, flat: Tensor, attended: Tensor) -> Tensor:
 
 
 def _turned(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34, halves instead of neighbours): (n, heads, width)."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34, halves instead of neighbours): (n, heads, width).
+
+    The two halves change places, and the sine of the first half is negative in `turn`.
+    """
     cos, sin = turn
-    one, other = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-other, one), dim=-1) * sin
-
-
-class _Pad(torch.autograd.Function):
-    """Rows of a list into slots of a longer one, 0 elsewhere. Its gradient is `_Unpad`: nothing is ever added up."""
-
-    @staticmethod
-    def forward(ctx, flat: Tensor, slots: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        return flat.new_zeros(count, *flat.shape[1:]).index_copy_(0, slots, flat)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return _Unpad.apply(gradient, *ctx.saved_tensors), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """The slots of a list, each at most once. Its gradient is `_Pad`."""
-
-    @staticmethod
-    def forward(ctx, padded: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
-        ctx.count = len(padded)
-        return padded.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return _Pad.apply(gradient, *ctx.saved_tensors, ctx.count), None
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)

@@ -12,9 +12,8 @@ import pandas as pd
 from rlhf_vs_dpo.errors import DataError
 
 SHOWN = 20  # rows that an error names
-LONG_SHARE = (
-    0.01  # of demonstrations may be longer than what is sampled; more, and a policy that learned them never ends
-)
+# Of demonstrations that may be longer than what is sampled: with more, a policy that learned them never ends.
+LONG_SHARE = 0.01
 
 
 class Limits(NamedTuple):
