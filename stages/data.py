@@ -21,6 +21,7 @@ def main(
         from rlhf_vs_dpo.sources import Tables, files, forms, hub, imdb, mini_tldr
 
         settings = run.section("data")
+        drop = settings.unusable == "drop"
 
         def render(messages, opening):
             nonlocal renderer
@@ -35,9 +36,9 @@ def main(
             case "imdb":
                 built = imdb.build(settings.imdb, run.section("seed"))
             case "hub":
-                built = hub.build(settings.hub, render)
+                built = hub.build(settings.hub, render, drop)
             case "files":
-                built = files.build(settings.files, render)
+                built = files.build(settings.files, render, drop)
 
         named = {
             name: getattr(built, name) for name in ("corpus", "demonstrations", "prompts", "dataset_pairs", "facts")
@@ -58,6 +59,7 @@ def main(
         for name, table in named.items():  # what depends on what a model can read is sorted once there is one
             whole = name in ("corpus", "facts")
             tables.write_table(table, name, (out if whole else out / "raw") / f"{name}.parquet")
+        tables.write_table(built.left_out, "unusable", out / "raw" / "unusable.parquet")
         world = out / "world"
         shutil.rmtree(world, ignore_errors=True)
         world.mkdir()

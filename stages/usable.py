@@ -17,6 +17,8 @@ def main(
 ) -> None:
     """Write `demonstrations`, `prompts` and `dataset_pairs`, all rows of which fit this model; and what was left out."""
     with frame.stage("usable", [base]) as run:
+        import pandas as pd
+
         from rlhf_vs_dpo import tables
         from rlhf_vs_dpo.errors import DataError
         from rlhf_vs_dpo.language import models, usable
@@ -28,6 +30,8 @@ def main(
         names = ("prompts", "demonstrations", "dataset_pairs")
         given = {name: tables.read_table(raw / f"{name}.parquet", name) for name in names}
         found = usable.sort(tokenizer, given, limit, drop=asked["unusable"] == "drop")
+        left_out = tables.read_table(raw / "unusable.parquet", "unusable")  # what is no preference, to any model
+        listed = pd.concat([left_out, found.unusable], ignore_index=True) if len(left_out) else found.unusable
         for name in ("prompts", "demonstrations"):
             lost = [split for split in tables.SPLITS if not (found.tables[name]["split"] == split).any()]
             if lost:
@@ -37,14 +41,17 @@ def main(
                 )
         for name in names:
             tables.write_table(found.tables[name], name, out / f"{name}.parquet")
-        atomic.write_csv(found.unusable, unusable)
-        if len(found.unusable):
-            typer.echo(f"left out {len(found.unusable)} rows, listed in {unusable}:")
-            reasons = found.unusable["reason"].str.replace(r"\d+", "…", regex=True)
-            for (table, reason), count in found.unusable.groupby(["table", reasons]).size().items():
+        atomic.write_csv(listed, unusable)
+        if len(listed):
+            typer.echo(f"left out {len(listed)} rows, listed in {unusable}:")
+            reasons = listed["reason"].str.replace(r"\d+", "…", regex=True)
+            for (table, reason), count in listed.groupby(["table", reasons]).size().items():
                 typer.echo(f"  {count:>6}  {table}: {reason}")
             run.artifact(unusable)
-        counts = {name: {"given": len(given[name]), "used": len(found.tables[name])} for name in names}
+        counts = {
+            name: {"given": len(given[name]) + int((left_out["table"] == name).sum()), "used": len(found.tables[name])}
+            for name in names
+        }
         run.finish(counts, metrics)
 
 

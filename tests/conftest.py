@@ -18,7 +18,14 @@ import torch  # noqa: E402
 WORDS = ["the", "a", "dog", "cat", "sat", "ran", "on", "mat", "rug", "and", ",", ".", "tl;dr", ":"]
 
 
-LONGEST = ["test_pipeline.py", "test_side_by_side.py", "test_cells.py", "test_browser.py", "test_questions.py"]
+LONGEST = [
+    "test_pipeline.py",
+    "test_own_preferences.py",
+    "test_side_by_side.py",
+    "test_cells.py",
+    "test_browser.py",
+    "test_questions.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,16 +1,18 @@
 """A project as a user has it, in a folder of its own: copied, changed, run through DVC, or stage by stage in one process."""
 
+import io
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
 
@@ -165,6 +167,17 @@ def reproduce(folder: Path, only: re.Pattern[str] | None = None) -> None:
                 if only is None:
                     with Repo() as repo:
                         repo.commit(name, force=True)
+
+
+def fails(folder: Path, target: str, *needles: str) -> None:
+    """The stage ends with status 1 and these words, without a traceback."""
+    said = io.StringIO()
+    with pytest.raises(AssertionError, match=target), redirect_stderr(said):
+        reproduce(folder, re.compile(re.escape(target)))
+    output = said.getvalue()
+    assert "Traceback" not in output, output[-3000:]
+    for needle in needles:
+        assert needle in output, f"{needle!r} not in:\n{output[-3000:]}"
 
 
 if __name__ == "__main__":  # a process of its own: what one stage leaves behind in it is part of the test

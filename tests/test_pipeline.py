@@ -4,7 +4,6 @@ It is reproduced once, all stages in one process, and locked by `dvc commit`: DV
 runs what it is about, through DVC where DVC is what is tested.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from project import by_hand, change, copy_project, lock, ran, reproduce, run
+from project import by_hand, change, copy_project, fails, lock, ran, run
 from ruamel.yaml import YAML
 
 from rlhf_vs_dpo import config, tables
@@ -504,11 +503,13 @@ def test_a_changed_number_and_a_new_variant_run_their_cells_and_the_tail_only(sm
     assert not [stage for stage in ran(run(smoke, "dvc", "repro", "sample_preference@dpo-0")) if stage != "check"]
 
 
-def test_editing_the_evaluation_retrains_nothing(smoke):
+def test_editing_the_evaluation_retrains_nothing(smoke, request):
     path = smoke / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
-    path.write_text(path.read_text() + "\n# edited\n")
-    again = ran(run(smoke, "dvc", "repro"))
-    assert "evaluate" in again and set(again) <= {"judge", "evaluate", "report"}
+    before = path.read_text()
+    request.addfinalizer(lambda: path.write_text(before))
+    path.write_text(before + "\n# edited\n")
+    stale = json.loads(run(smoke, "dvc", "status", "--json"))
+    assert set(stale) == {"evaluate"} and "evaluation" in json.dumps(stale["evaluate"])
 
 
 def preference(method: str, reference: str, out: str) -> list[str]:
@@ -580,17 +581,6 @@ def test_two_processes_reinforce_the_same_policy(smoke, method, request):
 
 
 # ---- bad input, through the command a user types -----------------------------------------------------------------------
-
-
-def fails(folder: Path, target: str, *needles: str) -> None:
-    """The stage ends with status 1 and these words, without a traceback."""
-    said = io.StringIO()
-    with pytest.raises(AssertionError, match=target), contextlib.redirect_stderr(said):
-        reproduce(folder, re.compile(re.escape(target)))
-    output = said.getvalue()
-    assert "Traceback" not in output, output[-3000:]
-    for needle in needles:
-        assert needle in output, f"{needle!r} not in:\n{output[-3000:]}"
 
 
 @pytest.fixture
@@ -699,98 +689,7 @@ def test_a_diverging_run_saves_nothing(broken):
     assert made(broken / "models" / "dpo-0") is None and made(broken / "runs" / "dpo-0.json") is None
 
 
-# ---- a user's own preferences ----------------------------------------------------------------------------------------
-
-
-def own_rows(form: str) -> list[dict]:
-    rows = []
-    for i in range(60):
-        question, good, bad = f"What comes after {i} ?", f" It is {i + 1}, of course.", f" I do not know {i}."
-        match form:
-            case "explicit":
-                rows.append({"prompt": question, "chosen": good, "rejected": bad})
-            case "implicit":
-                rows.append(
-                    {
-                        "chosen": f"\n\nHuman: {question}\n\nAssistant:{good}",
-                        "rejected": f"\n\nHuman: {question}\n\nAssistant:{bad}",
-                    }
-                )
-            case "conversational":
-                say = [{"role": "user", "content": question}]
-                rows.append(
-                    {
-                        "chosen": [*say, {"role": "assistant", "content": good.strip()}],
-                        "rejected": [*say, {"role": "assistant", "content": bad.strip()}],
-                    }
-                )
-    return rows
-
-
-def own_project(folder: Path, form: str) -> Path:
-    copy_project(folder, "smoke")
-    (folder / "mine.jsonl").write_text("\n".join(json.dumps(row) for row in own_rows(form)))
-    change(folder, "data.source", "files")
-    change(folder, "data.files.preferences", "mine.jsonl")
-    change(folder, "data.files.splits", {"validation": 0.2, "test": 0.2, "limit": None})
-    change(folder, "preferences.source", "dataset")
-    return folder
-
-
-@pytest.mark.parametrize("form", [pytest.param("explicit", marks=pytest.mark.slow), "conversational"])
-def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
-    folder = own_project(tmp_path / "project", form)
-    change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
-    reproduce(folder, re.compile("check|data|base|usable|sft@0|preferences@0"))
-    pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
-    assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
-    assert pairs["prompt"].str.contains("What comes after").all() and len(pairs) > 30
-
-
-def test_own_preferences_go_through_the_whole_graph(tmp_path):
-    folder = own_project(tmp_path / "project", "implicit")
-    imitation = ["best_of_n"]
-    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
-    change(folder, "seeds", [0, 1])
-    change(folder, "evaluate.preferred_by", "rm")
-    config.check(config.read_params(folder / "params.yaml"))
-    bad = own_rows("implicit")[
-        :3
-    ]  # as some of 60,000 rows of the Hub are: too long for the model, a control token spelled out
-    bad[0]["chosen"] += " and so on" * 200
-    bad[1]["rejected"] += " <eos> and more"
-    bad[2] = {side: text.replace("What", "What else " * 150) for side, text in bad[2].items()}
-    with (folder / "mine.jsonl").open("a") as rows:
-        rows.write("".join("\n" + json.dumps(row) for row in bad))
-    reproduce(folder, re.compile("check|data|base"))
-    fails(folder, "usable", "dataset_pairs, row 60 (pair-000060)", "row 61 (pair-000061): rejected spells a control token of this model: <eos>",
-          "data.unusable: drop")  # fmt: skip
-    assert not list((folder / "data").glob("prompts.parquet")) and not list((folder / "data").rglob("*.tmp"))
-    change(folder, "data.unusable", "drop")
-    reproduce(folder, re.compile("(?!theory).*"))  # which reads nothing of it
-    left = pd.read_csv(folder / "data" / "unusable.csv")
-    assert set(left.loc[left["table"] == "dataset_pairs", "id"]) == {f"pair-{i:06d}" for i in (60, 61, 62)}
-    assert {"prompts", "demonstrations"} <= set(left["table"]) and left["reason"].str.contains("tokens").any()
-    counts = json.loads((folder / "metrics" / "stages" / "usable.json").read_text())
-    assert counts["dataset_pairs"] == {"given": 63, "used": 60}
-    found = results(folder)
-    evaluation = found["methods"]
-    assert list(evaluation) == ["sft", "ppo", "dpo", *imitation, "best_of_2"]
-    assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["lines"] == 2 == len(found["runs"]["sft"])
-    assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
-    assert (
-        found["axes"] == ["preferred"] and found["asked"]["judge"] == "rm"
-    )  # and rm is asked in the annotators' place
-    assert (
-        found["methods"]["dpo"]["preferred"]["mean"] is not None and found["methods"]["dpo"]["utility"]["mean"] is None
-    )
-    assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
-    assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
-    for seed in (0, 1):
-        pairs = tables.read_table(folder / "data" / f"pairs-{seed}.parquet", "pairs")
-        assert pairs["chosen"].str.contains("of course").all()
-    weights = [(folder / "models" / f"sft-{seed}" / "model.safetensors").read_bytes() for seed in (0, 1)]
-    assert weights[0] != weights[1]
+# ---- sweeps ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

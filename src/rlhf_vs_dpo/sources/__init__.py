@@ -5,6 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from rlhf_vs_dpo.tables import empty
+
 
 @dataclass
 class Tables:
@@ -13,7 +15,8 @@ class Tables:
     `words` is the closed vocabulary where the source has one (a word is then a token), else empty.
     `gold` describes the gold reward in the form that `gold.load` reads; `{"kind": "none"}` where there is none.
     `classifier` goes with the gold reward of kind "sentiment". `facts` are questions with one right answer, asked
-    to see what a policy has forgotten.
+    to see what a policy has forgotten. `left_out` lists the rows of the source that are no preference, where
+    `data.unusable` is `drop`.
     """
 
     corpus: pd.DataFrame
@@ -25,3 +28,4 @@ class Tables:
     words: list[str] = field(default_factory=list)
     classifier: pd.DataFrame | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    left_out: pd.DataFrame = field(default_factory=lambda: empty("unusable"))

@@ -50,8 +50,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def build(settings: Files, render: Render) -> Tables:
-    """Tables from files: preferences are needed; demonstrations and corpus are derived from them where not given."""
+def build(settings: Files, render: Render, drop: bool) -> Tables:
+    """Tables from files: preferences are needed; demonstrations and corpus are derived from them where not given.
+
+    `drop` is that of `forms.to_pairs`.
+    """
     if settings.preferences is None:
         raise DataError("params.yaml: `data.files.preferences` is null; name your JSONL or parquet file there")
     path = Path(settings.preferences)
@@ -60,13 +63,14 @@ def build(settings: Files, render: Render) -> Tables:
             print(
                 f"note: {given} is outside {WATCHED}/, so that DVC sees its name alone; after a change: dvc repro --force data"
             )
-    pairs = to_pairs(read_rows(path)[: settings.splits.limit], str(path), render, settings.splits, settings.turn_marker)
+    rows = read_rows(path)[: settings.splits.limit]
+    pairs, left_out = to_pairs(rows, str(path), render, settings.splits, settings.turn_marker, drop)
     tables = derived(pairs)
     if settings.demonstrations:
         tables["demonstrations"] = _demonstrations(Path(settings.demonstrations), settings, pairs)
     if settings.corpus:
         tables["corpus"] = _corpus(Path(settings.corpus), settings)
-    return Tables(dataset_pairs=pairs, gold={"kind": "none"}, **tables)
+    return Tables(dataset_pairs=pairs, gold={"kind": "none"}, left_out=left_out, **tables)
 
 
 def _demonstrations(path: Path, settings: Files, pairs: pd.DataFrame) -> pd.DataFrame:

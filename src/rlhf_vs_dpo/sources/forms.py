@@ -10,7 +10,7 @@ split, whatever file or order it comes in.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -147,22 +147,31 @@ def chat_renderer(template: str | None, tokenizer) -> Render:
     return render
 
 
-def to_pairs(
-    rows: list[dict[str, Any]], place: str, render: Render, splits: Splits, turn_marker: str | None
-) -> pd.DataFrame:
-    """The `pairs` table of preference rows; faults of all rows are reported together.
+class Read(NamedTuple):
+    """Preferences of a source: the `pairs` table, and an `unusable` table of the rows that are no preference."""
 
-    Optional columns are kept where a row has them: `pair_id`, `split`, `annotator`, `p_chosen`.
+    pairs: pd.DataFrame
+    left_out: pd.DataFrame
+
+
+def to_pairs(
+    rows: list[dict[str, Any]], place: str, render: Render, splits: Splits, turn_marker: str | None, drop: bool = False
+) -> Read:
+    """Preferences in any of the forms. Optional columns are kept where a row has them: `pair_id`, `split`, `annotator`, `p_chosen`.
+
+    Rows that are no preference (in no form, an empty text, the same answer twice) are listed and left out where `drop` is set, else
+    reported together by a DataError.
     """
-    pairs, faults = [], []
+    pairs, faults = [], {}
     for number, row in enumerate(rows):
         try:
             prompt, chosen, rejected = pair_of(row, f"{place}, row {number}", render, turn_marker)
             probability = row.get("p_chosen")
             if isinstance(probability, bool) or not isinstance(probability, (int, float, type(None))):
                 raise DataError(f"{place}, row {number}: `p_chosen` must be a number, got {probability!r}")
+            _check_texts(prompt, chosen, rejected, f"{place}, row {number}")
         except DataError as error:
-            faults.append(str(error))
+            faults[number] = str(error)
             continue
         pairs.append(
             {
@@ -176,12 +185,30 @@ def to_pairs(
                 "p_chosen": row.get("p_chosen"),
             }
         )
-    if faults:
-        raise DataError("\n".join(faults[:20]) + (f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""))
+    if faults and not drop:
+        more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise DataError(
+            "\n".join(list(faults.values())[:20])
+            + more
+            + "\nMend these rows, or set `data.unusable: drop` in params.yaml to leave them out"
+        )
     if not pairs:
-        raise DataError(f"{place}: holds no row")
+        raise DataError(f"{place}: holds no row" + (" that is a preference" if faults else ""))
     frame = pd.DataFrame(pairs).astype({"p_chosen": "float64"}).assign(chosen_ids=None, rejected_ids=None)
-    return validate(frame, "pairs", place)
+    left_out = [
+        ("dataset_pairs", number, str(rows[number].get("pair_id") or f"pair-{number:06d}"), fault.removeprefix(f"{place}, row {number}").lstrip(":, "), str(rows[number])[:80])
+        for number, fault in faults.items()
+    ]  # fmt: skip
+    listed = pd.DataFrame(left_out, columns=empty("unusable").columns) if left_out else empty("unusable")
+    return Read(validate(frame, "pairs", place), listed)
+
+
+def _check_texts(prompt: str, chosen: str, rejected: str, place: str) -> None:
+    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise DataError(f"{place}, {name}: is empty")
+    if chosen == rejected:
+        raise DataError(f"{place}: chosen equals rejected")
 
 
 def derived(pairs: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -33,10 +33,10 @@ def load_rows(name: str, config: str | None, split: str, revision: str | None) -
     return data.to_list()
 
 
-def build(settings: Hub, render: Render) -> Tables:
-    """Tables from a preference data set of the Hub; demonstrations and corpus are derived from the pairs."""
+def build(settings: Hub, render: Render, drop: bool) -> Tables:
+    """Tables from a preference data set of the Hub; demonstrations and corpus are derived from the pairs. `drop` is that of `to_pairs`."""
     if settings.name is None:
         raise DataError("params.yaml: `data.hub.name` is null; name a preference data set there")
     rows = load_rows(settings.name, settings.config, settings.split, settings.revision)[: settings.splits.limit]
-    pairs = to_pairs(rows, settings.name, render, settings.splits, settings.turn_marker)
-    return Tables(dataset_pairs=pairs, gold={"kind": "none"}, **derived(pairs))
+    read = to_pairs(rows, settings.name, render, settings.splits, settings.turn_marker, drop)
+    return Tables(dataset_pairs=read.pairs, gold={"kind": "none"}, left_out=read.left_out, **derived(read.pairs))

@@ -1,0 +1,108 @@
+"""A user's own preferences through the whole graph, in one process: every form, rows that cannot be used, two lines, no gold reward."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from project import change, copy_project, fails, reproduce
+
+from rlhf_vs_dpo import config, tables
+
+pytestmark = pytest.mark.pipeline
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "evaluation" / "results.json").read_text())
+
+
+def own_rows(form: str) -> list[dict]:
+    rows = []
+    for i in range(60):
+        question, good, bad = f"What comes after {i} ?", f" It is {i + 1}, of course.", f" I do not know {i}."
+        match form:
+            case "explicit":
+                rows.append({"prompt": question, "chosen": good, "rejected": bad})
+            case "implicit":
+                rows.append(
+                    {
+                        "chosen": f"\n\nHuman: {question}\n\nAssistant:{good}",
+                        "rejected": f"\n\nHuman: {question}\n\nAssistant:{bad}",
+                    }
+                )
+            case "conversational":
+                say = [{"role": "user", "content": question}]
+                rows.append(
+                    {
+                        "chosen": [*say, {"role": "assistant", "content": good.strip()}],
+                        "rejected": [*say, {"role": "assistant", "content": bad.strip()}],
+                    }
+                )
+    return rows
+
+
+def own_project(folder: Path, form: str) -> Path:
+    copy_project(folder, "smoke")
+    (folder / "mine.jsonl").write_text("\n".join(json.dumps(row) for row in own_rows(form)))
+    change(folder, "data.source", "files")
+    change(folder, "data.files.preferences", "mine.jsonl")
+    change(folder, "data.files.splits", {"validation": 0.2, "test": 0.2, "limit": None})
+    change(folder, "preferences.source", "dataset")
+    return folder
+
+
+@pytest.mark.parametrize("form", [pytest.param("explicit", marks=pytest.mark.slow), "conversational"])
+def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
+    folder = own_project(tmp_path / "project", form)
+    change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none
+    reproduce(folder, re.compile("check|data|base|usable|sft@0|preferences@0"))
+    pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
+    assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
+    assert pairs["prompt"].str.contains("What comes after").all() and len(pairs) > 30
+
+
+def test_own_preferences_go_through_the_whole_graph(tmp_path):
+    folder = own_project(tmp_path / "project", "implicit")
+    imitation = ["best_of_n"]
+    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": imitation, "best_of_n": [2]})
+    change(folder, "seeds", [0, 1])
+    change(folder, "evaluate.preferred_by", "rm")
+    config.check(config.read_params(folder / "params.yaml"))
+    bad = own_rows("implicit")[
+        :3
+    ]  # as some of 60,000 rows of the Hub are: too long for the model, a control token spelled out
+    bad[0]["chosen"] += " and so on" * 200
+    bad[1]["rejected"] += " <eos> and more"
+    bad[2] = {side: text.replace("What", "What else " * 150) for side, text in bad[2].items()}
+    with (folder / "mine.jsonl").open("a") as rows:
+        rows.write("".join("\n" + json.dumps(row) for row in bad))
+    reproduce(folder, re.compile("check|data|base"))
+    fails(folder, "usable", "dataset_pairs, row 60 (pair-000060)", "row 61 (pair-000061): rejected spells a control token of this model: <eos>",
+          "data.unusable: drop")  # fmt: skip
+    assert not list((folder / "data").glob("prompts.parquet")) and not list((folder / "data").rglob("*.tmp"))
+    change(folder, "data.unusable", "drop")
+    reproduce(folder, re.compile("(?!theory).*"))  # which reads nothing of it
+    left = pd.read_csv(folder / "data" / "unusable.csv")
+    assert set(left.loc[left["table"] == "dataset_pairs", "id"]) == {f"pair-{i:06d}" for i in (60, 61, 62)}
+    assert {"prompts", "demonstrations"} <= set(left["table"]) and left["reason"].str.contains("tokens").any()
+    counts = json.loads((folder / "metrics" / "stages" / "usable.json").read_text())
+    assert counts["dataset_pairs"] == {"given": 63, "used": 60}
+    found = results(folder)
+    evaluation = found["methods"]
+    assert list(evaluation) == ["sft", "ppo", "dpo", *imitation, "best_of_2"]
+    assert len(found["runs"]["ppo"]) == found["spread"]["ppo"]["lines"] == 2 == len(found["runs"]["sft"])
+    assert found["judge"] == "reward" and list(found["judges"]) == ["rm"]  # no gold reward: that judge is left out
+    assert (
+        found["axes"] == ["preferred"] and found["asked"]["judge"] == "rm"
+    )  # and rm is asked in the annotators' place
+    assert (
+        found["methods"]["dpo"]["preferred"]["mean"] is not None and found["methods"]["dpo"]["utility"]["mean"] is None
+    )
+    assert evaluation["sft"]["gold"]["mean"] is None and evaluation["sft"]["tokens"]["mean"] > 0
+    assert "for want of a gold reward" in (folder / "report" / "report.md").read_text()
+    for seed in (0, 1):
+        pairs = tables.read_table(folder / "data" / f"pairs-{seed}.parquet", "pairs")
+        assert pairs["chosen"].str.contains("of course").all()
+    weights = [(folder / "models" / f"sft-{seed}" / "model.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
