@@ -80,6 +80,13 @@ def test_more_than_one_percent_of_demonstrations_too_long_to_be_sampled_is_an_er
     assert len(usable.sort(tokenizer, rows, LIMIT, drop=True).tables["demonstrations"]) == 200 - long
 
 
+def test_everything_that_is_refused_is_said_at_once(tokenizer):
+    rows = tables([GOOD], [(GOOD, "a dog")] * 90 + [(GOOD, "a dog sat on the mat")] * 10 + [(GOOD, "")])
+    with pytest.raises(DataError) as error:
+        usable.sort(tokenizer, rows, LIMIT, drop=False)
+    assert "10 of 101 demonstrations" in str(error.value) and "1 row(s) that this model cannot use" in str(error.value)
+
+
 def test_a_cap_on_prompts_below_the_context(tokenizer):
     assert usable.limits(16, 6, None).prompt == 10 and usable.limits(16, 6, 4).prompt == 4
     capped = usable.sort(tokenizer, tables([GOOD, "the cat sat on"]), usable.limits(16, 6, 4), drop=True)

@@ -46,6 +46,7 @@ def sort(tokenizer, tables: dict[str, pd.DataFrame], limit: Limits, drop: bool) 
     of_prompt = _prompt_faults(tokenizer, tables["prompts"]["prompt"], limit)
     bad = dict(zip(tables["prompts"]["prompt_id"], of_prompt, strict=True))
     faults = {"prompts": of_prompt}
+    refused: list[str] = []
     for name, columns in (("demonstrations", ["response"]), ("dataset_pairs", ["chosen", "rejected"])):
         table = tables[name]
         found = [bad.get(prompt) for prompt in table["prompt_id"]]
@@ -64,11 +65,13 @@ def sort(tokenizer, tables: dict[str, pd.DataFrame], limit: Limits, drop: bool) 
                         f"a response of {len(ids['response'][i]) + 1} tokens, more than `sampling.max_new_tokens` ({limit.response})"
                     )
             elif len(long) > LONG_SHARE * len(table):
-                raise _too_long(table, long, ids["response"], limit)
+                refused.append(_too_long(table, long, ids["response"], limit))
         faults[name] = found
     unusable = _listed(tables, faults)
     if len(unusable) and not drop:
-        raise _refused(unusable)
+        refused.append(_refused(unusable))
+    if refused:
+        raise DataError("\n".join(refused))
     return Sorted({name: _kept(tables[name], faults.get(name)) for name in tables}, unusable)
 
 
@@ -127,10 +130,10 @@ def _listed(tables: dict[str, pd.DataFrame], faults: dict[str, list[str | None]]
     return pd.DataFrame(rows, columns=["table", "row", "id", "reason", "text"])
 
 
-def _refused(unusable: pd.DataFrame) -> DataError:
+def _refused(unusable: pd.DataFrame) -> str:
     lines = [f"  {row.table}, row {row.row} ({row.id}): {row.reason}" for row in unusable.head(SHOWN).itertuples()]
     more = f"\n  ... and {len(unusable) - SHOWN} more" if len(unusable) > SHOWN else ""
-    return DataError(
+    return (
         f"{len(unusable)} row(s) that this model cannot use:\n"
         + "\n".join(lines)
         + more
@@ -139,10 +142,10 @@ def _refused(unusable: pd.DataFrame) -> DataError:
     )
 
 
-def _too_long(table: pd.DataFrame, long: list[int], ids: list[list[int]], limit: Limits) -> DataError:
+def _too_long(table: pd.DataFrame, long: list[int], ids: list[list[int]], limit: Limits) -> str:
     lengths = sorted(len(of) + 1 for of in ids)
     most = lengths[min(int(0.99 * len(lengths)), len(lengths) - 1)]
-    return DataError(
+    return (
         f"{len(long)} of {len(table)} demonstrations ({len(long) / len(table):.0%}), {table['prompt_id'].iloc[long[0]]} first, have responses "
         f"longer than `sampling.max_new_tokens` ({limit.response}): a policy that learned them would never end. Raise it (99 % fit into "
         f"{most}), or set `data.unusable: drop`"
