@@ -627,6 +627,18 @@ def test_a_misspelt_key_is_refused_before_anything_is_touched(broken):
     assert "unknown key `sft.training.lr`" in output and "Traceback" not in output
 
 
+def test_a_file_that_is_not_there_is_refused_before_anything_is_touched(broken):
+    change(broken, "data.source", "files")
+    change(broken, "data.files.preferences", "data/own/mien.jsonl")
+    change(broken, "preferences.source", "dataset")
+    change(broken, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": [], "best_of_n": []})
+    before = (broken / "data" / "corpus.parquet").read_bytes()
+    for command in (["dvc", "repro"], [sys.executable, "-m", "rlhf_vs_dpo.run.cells"]):
+        output = run(broken, *command, expect=None)
+        assert "data/own/mien.jsonl: no such file; `data.files.preferences`" in output and "Traceback" not in output
+    assert (broken / "data" / "corpus.parquet").read_bytes() == before
+
+
 def test_sft_learns_the_models_own_likelihood_whatever_the_sampling_temperature(smoke, request):
     before = (smoke / "params.yaml").read_text()
     request.addfinalizer(lambda: (smoke / "params.yaml").write_text(before))

@@ -105,6 +105,8 @@ def one(cell: str) -> int:
         of = environment["RLHF_GPUS"].split(",")
         environment["CUDA_VISIBLE_DEVICES"] = of[int(environment["RLHF_SLOT"]) % len(of)]
     log, started = LOGS / f"{name}.log", time.monotonic()
+    interrupted: list[bool] = []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # Ctrl-C ends DVC; this waits for it, and says so
     _say(f"{number:>7}  {name} starts")
     with log.open("w") as output:
         status = subprocess.run(
@@ -120,7 +122,7 @@ def one(cell: str) -> int:
         )
         _say(f"{number:>7}  {name} {how}, {took}")
         return 0
-    _say(f"{number:>7}  {name} FAILED after {took}")
+    _say(f"{number:>7}  {name} {'interrupted' if interrupted else 'FAILED'} after {took}")
     try:
         with FIRST_FAILURE.open("x") as file:
             json.dump({"cell": name, "status": status if 0 < status < 256 else 1}, file)

@@ -101,7 +101,7 @@ def main(
     )
     params.write_text(after)
     typer.echo("\n".join(difference) or "nothing to change")
-    typer.echo("\nnext: dvc repro")
+    typer.echo("\nnext: make repro")
 
 
 if __name__ == "__main__":
