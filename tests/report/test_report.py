@@ -78,7 +78,8 @@ def test_three_lines_answer_the_planned_questions(found):
     unsure = json.loads(json.dumps(found))
     for axis in unsure["axes"]:
         unsure["questions"][axis][0] |= {"answer": "open", "p_holm": 0.5}
-    assert "0 of 1 planned questions are answered (Holm over them, 5 %)." in " ".join(words.verdict(unsure))
+    said = " ".join(words.verdict(unsure))
+    assert "none of the 1 planned questions is answered" in said and "few lines find large differences only" in said
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
@@ -129,7 +130,9 @@ def test_failures_are_named_where_the_intervals_show_them(found):
     of_n = [name for name in planted["failures"] if name.startswith("best of")]
     assert len(of_n) > 1
     planted["failures"][of_n[-1]]["reward_model_exploited"] |= {"shown": True}
-    assert f"utility fell): {of_n[-1]} and more." in " ".join(words.verdict(planted))
+    assert f"utility fell): {of_n[-1]}." in " ".join(words.verdict(planted))
+    planted["failures"][of_n[-2]]["reward_model_exploited"] |= {"shown": True}
+    assert f"utility fell): {of_n[-2]} and more." in " ".join(words.verdict(planted))
 
 
 def test_a_number_read_between_points_far_apart_is_marked(found):

@@ -118,8 +118,16 @@ def _answered(found: dict[str, Any], lines: int) -> list[str]:
             else f"{q['b']} over {q['a']} by {number(_turned(q))}"
             for q in known
         )
-        head = f"In {NAMES[axis]}, {len(known)} of {len(asked)} planned questions are answered (Holm over them, 5 %)"
-        said.append(f"{head}: {told}." if told else f"{head}.")
+        said.append(
+            f"In {NAMES[axis]}, {len(known)} of {len(asked)} planned questions are answered (Holm over them, 5 %): {told}."
+            if told
+            else f"In {NAMES[axis]}, none of the {len(asked)} planned questions is answered: no difference is sure at 5 % after Holm over them."
+        )
+    if any(q["answer"] == "open" for axis in found["axes"] for q in found["questions"][axis]):
+        said.append(
+            "A question that is open is no sign that two methods are equal: few lines find large differences only. More of `seeds` find smaller "
+            "ones (docs/statistics.md says how large with 3, 4, 5 and 8 lines)."
+        )
     trained = {row: s for row, s in found["spread"].items() if row in found["paths"]}
     collapsed = sum(round(s["collapsed"] * s["lines"]) for s in trained.values())
     runs = sum(s["lines"] for s in trained.values())
@@ -141,7 +149,7 @@ def _failed(found: dict[str, Any]) -> str | None:
         over_n = [name for name in seen if name.startswith("best of")]
         to_the_end = list(takewhile(seen.__getitem__, reversed(over_n)))  # from which n on it shows
         if to_the_end:
-            of.append(f"{to_the_end[-1]} and more")
+            of.append(to_the_end[-1] + (" and more" if len(to_the_end) > 1 else ""))
         told.append(f"{words}: {listed(of) or 'none'}")
     return (
         f"Two ways to go wrong, as far as the intervals of this run tell: {'; '.join(told)}."
