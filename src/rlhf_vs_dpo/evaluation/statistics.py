@@ -145,9 +145,7 @@ class Resamples:
         key = kind, units
         if key not in self._units:
             drawn = self._stream(kind).multinomial(units, np.full(units, 1 / units), size=self.count)
-            self._units[key] = drawn.astype(
-                np.float64
-            )  # once: a product of integers and floats would convert them each time
+            self._units[key] = drawn.astype(np.float64)  # once, or each product with floats would do it again
         return self._units[key]
 
     def lines(self, lines: int) -> np.ndarray:
