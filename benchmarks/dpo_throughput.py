@@ -19,6 +19,7 @@ from rlhf_vs_dpo.language import models, text
 from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.training import preference, supervised
+from rlhf_vs_dpo.training.monitor import Record
 
 
 class NoWatch:
@@ -35,7 +36,7 @@ def ours(model, tokenizer, pairs, settings) -> None:
         chosen_logp=log_likelihoods(policy, encoded.chosen), rejected_logp=log_likelihoods(policy, encoded.rejected)
     )
     steps = supervised.steps_over(settings, len(pairs))
-    preference.train(policy, encoded, reference, settings, steps, 0, NoWatch(), lambda m, s: None, "ours")
+    preference.train(policy, encoded, reference, settings, steps, 0, Record(NoWatch(), lambda m, s: None, "ours"))
 
 
 def trl(model, tokenizer, pairs, settings) -> None:

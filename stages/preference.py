@@ -37,7 +37,7 @@ def main(
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import gold, labelling
         from rlhf_vs_dpo.training import preference, supervised
-        from rlhf_vs_dpo.training.monitor import HeldOut
+        from rlhf_vs_dpo.training.monitor import HeldOut, Record
         from rlhf_vs_dpo.training.optimise import round_seed
 
         settings, sampling = run.section("preference", method), run.section("sampling")
@@ -89,7 +89,7 @@ def main(
                 )
                 read += forward.tokens_read(learned.chosen) + forward.tokens_read(learned.rejected)
             trained += preference.train(
-                policy, learned, known, settings, steps[number], seed, watched, run.log, method, taken
+                policy, learned, known, settings, steps[number], seed, Record(watched, run.log, method), taken
             )
             taken += steps[number]
         run.spent(

@@ -37,7 +37,7 @@ def main(
         from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.training import invariants, policy_gradient
         from rlhf_vs_dpo.training.learner import Networks
-        from rlhf_vs_dpo.training.monitor import HeldOut
+        from rlhf_vs_dpo.training.monitor import HeldOut, Record
 
         settings, sampling = run.section("rl", method), run.section("sampling")
         torch.manual_seed(seed)
@@ -61,8 +61,8 @@ def main(
         )
         totals = policy_gradient.train(
             Networks(policy, reference, scorer), text.prompts_of(tokenizer, train),
-            text.documents(tokenizer, documents, policy.context, run.params["data"]["max_document_tokens"]), settings, sampling.max_new_tokens, seed, watched,
-            alarms.listening(run.log, run.warn, settings.iterations), method,
+            text.documents(tokenizer, documents, policy.context, run.params["data"]["max_document_tokens"]), settings, sampling.max_new_tokens, seed,
+            Record(watched, alarms.listening(run.log, run.warn, settings.iterations), method),
         )  # fmt: skip
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")
         run.spent(parameters=models.size(model), models_held=held, **totals._asdict())  # TRPO: the old policy, too

@@ -12,7 +12,7 @@ from rlhf_vs_dpo.evaluation.statistics import Resamples
 
 # Standard deviations of `preferred`: what a line gives to all its methods, to each, of prompts, of answers to a prompt. Estimated from three
 # lines of the default settings by benchmarks/spread_of_lines.py, see docs/statistics.md.
-LINE, METHOD, PROMPT, ANSWER = 0.007, 0.013, 0.061, 0.143
+LINE, METHOD, PROMPT, ANSWER = 0.008, 0.013, 0.055, 0.146
 EXPERIMENTS = int(os.environ.get("RLHF_EXPERIMENTS", 30))
 
 

@@ -82,3 +82,56 @@ def test_streams_are_reproducible_and_differ():
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer, model):
     with pytest.raises(DataError, match=r"p0.*longer than the model's context of 64"):
         generate(Policy(model, 1.0), Prompts(encode_prompts(tokenizer, ["the " * 60]), ["p0"]), [0], LONGEST, 0)
+
+
+@pytest.mark.parametrize("rows", [3, 256])
+def test_a_llama_by_hand_says_what_the_model_as_it_comes_says(tokenizer, monkeypatch, rows):
+    """The cache written in place, prompts read once for all their responses, rows cleared: the same tokens."""
+    from rlhf_vs_dpo.language import continuation
+
+    policy = Policy(small_model(tokenizer, scale=2.0), 1.0)
+    by_hand = draw(policy, tokenizer, rows=rows)
+    monkeypatch.setattr(continuation, "is_llama", lambda body: False)
+    assert draw(policy, tokenizer, rows=rows) == by_hand
+    assert len({len(tokens.response) for tokens in by_hand.tokens}) > 3
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2])
+def test_logits_after_each_token_are_those_of_the_whole_text(key_value_heads):
+    from test_states import llama
+
+    from rlhf_vs_dpo.language.continuation import AsItComes, OfLlama
+
+    model = llama(3, key_value_heads)
+    prompts, said = [[4, 5, 6, 7, 8], [9], [10, 11]], [[12, 13, 14], [15, 16, 17], [18, 19, 20], [21, 22, 23]]
+    expand = torch.tensor([0, 2, 2, 1])  # one prompt twice, in another order
+    with torch.inference_mode():
+        for reading in (OfLlama(model, prompts, 3), AsItComes(model, prompts, pad=3)):
+            texts = [list(prompt) for prompt in prompts]
+            for row, text in enumerate(texts):
+                assert torch.allclose(reading.logits[row], model(torch.tensor([text])).logits[0, -1], atol=1e-4)
+            reading.select(expand)
+            texts = [texts[row] + tokens for row, tokens in zip(expand.tolist(), said, strict=True)]
+            for step in (2, 1):
+                reading.step(torch.tensor([tokens[2 - step] for tokens in said]))
+                for row, text in enumerate(texts):
+                    assert torch.allclose(
+                        reading.logits[row], model(torch.tensor([text[:-step]])).logits[0, -1], atol=1e-4
+                    )
+            reading.select(torch.tensor([3, 0]))
+            reading.step(torch.tensor([23, 14]))
+            for row, text in enumerate((texts[3], texts[0])):
+                assert torch.allclose(reading.logits[row], model(torch.tensor([text])).logits[0, -1], atol=1e-4)
+
+
+def test_any_other_model_samples_too(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    policy = Policy(GPT2LMHeadModel(config).eval(), 1.0)
+    alone, together = draw(policy, tokenizer, rows=1), draw(policy, tokenizer, rows=256)
+    assert alone[:2] == together[:2] and len({tuple(tokens.response) for tokens in alone.tokens}) > 20

@@ -40,7 +40,7 @@ def test_padding_and_batch_order_change_nothing(model, examples, tokenizer):
 
 
 def test_nothing_outside_the_response(model, examples, tokenizer):
-    output = Policy(model, 1.0)(collate(examples, tokenizer.pad_token_id))
+    output = Policy(model, 1.0)(collate(examples, tokenizer.pad_token_id), entropy=True)
     assert torch.all(output.logp[~output.mask] == 0) and torch.all(output.entropy[~output.mask] == 0)
     assert torch.all(output.logp[output.mask] < 0)
     assert output.lengths().tolist() == [len(example.response) for example in examples]
@@ -55,7 +55,7 @@ def test_the_vocabulary_projection_runs_at_response_tokens_only(model, examples,
 
 def test_entropy_is_of_the_tempered_distribution(model, examples, tokenizer):
     example = examples[0]
-    output = Policy(model, 0.5)(collate([example], tokenizer.pad_token_id))
+    output = Policy(model, 0.5)(collate([example], tokenizer.pad_token_id), entropy=True)
     with torch.no_grad():
         logits = model(torch.tensor([[*example.prompt, *example.response]])).logits[0].double() / 0.5
     p = torch.softmax(logits, -1)[len(example.prompt) - 1 : -1]

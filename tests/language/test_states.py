@@ -71,7 +71,7 @@ def test_trimmed_states_are_those_of_the_whole_model_and_so_are_their_gradients(
 def test_a_prompt_is_read_once_padding_never_and_the_last_layer_works_where_somebody_reads(batch):
     model, seen = llama(2, 4), []
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 32))
+        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 32))
     states(model, batch, before(batch.response_mask))
     distinct = 7 + 1 + 2 + 12 - 4  # tokens of the four prompts, but for the last of each, which every response repeats
     assert seen == [distinct + 7 + int(batch.response_mask.sum()), int(batch.response_mask.sum())]

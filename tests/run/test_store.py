@@ -5,7 +5,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -55,24 +57,59 @@ def test_a_recorder_tells_mlflow_all_that_a_stage_says(here):
     assert json.loads((here / "m.json").read_text()) == {"nested": {"value": 2.0}, "loss": 9.0}
 
 
-def test_the_run_of_a_stage_that_is_killed_says_so(here):
+@pytest.fixture(params=["alone", "together"])
+def process(request, here):
+    """A process for each stage, or one that all share, as under `make repro`."""
+    with recorder.shared(here / "mlflow.log") if request.param == "together" else nullcontext():
+        yield request.param
+
+
+def test_stages_share_a_process_only_where_there_is_one(here, process):
+    first, second = Recorder(), Recorder()
+    assert (first.process is None) == (second.process is None) == (process == "together")
+    for number, teller in enumerate((first, second)):
+        teller.tell(create=f"stage-{number}", tags={}, params={})
+        teller.tell(metrics={"a": float(number)}, step=1)
+    assert first.end("FINISHED") and second.end("FAILED")
+    assert {(row.info.run_name, row.info.status, row.data.metrics["a"]) for row in runs(here)} == {
+        ("stage-0", "FINISHED", 0.0), ("stage-1", "FAILED", 1.0),
+    }  # fmt: skip
+
+
+def test_a_process_that_has_ended_is_replaced(here, monkeypatch):
+    monkeypatch.setenv(recorder.SHARED, str(here / "gone"))
+    teller = Recorder()
+    teller.tell(create="x", tags={}, params={})
+    assert teller.end("FINISHED") == runs(here)[0].info.run_id
+
+
+def test_a_shared_process_hears_a_stage_to_its_end(here):
+    """`make repro` may be killed first: what it shared stays until every stage has hung up."""
+    with recorder.shared(here / "mlflow.log"):
+        teller = Recorder()
+        teller.tell(create="x", tags={}, params={})
+        threading.Timer(3.0, lambda: teller.end("FINISHED")).start()
+    assert runs(here)[0].info.status == "FINISHED"
+
+
+def test_the_run_of_a_stage_that_is_killed_says_so(here, process):
     script = "import time; from rlhf_vs_dpo.run.recorder import Recorder; r = Recorder(); r.tell(create='x', tags={}, params={}); r.tell(metrics={'a': 1.0}, step=3); time.sleep(99)"
-    process = subprocess.Popen(
+    victim = subprocess.Popen(
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
     end = time.monotonic() + 60
     while not ((here / "mlflow.db").exists() and runs(here)):
         assert time.monotonic() < end
         time.sleep(0.5)
-    process.kill()
-    process.wait()
+    victim.kill()
+    victim.wait()
     while runs(here)[0].info.status == "RUNNING":
         assert time.monotonic() < end
         time.sleep(0.5)
     assert runs(here)[0].info.status == "FAILED" and runs(here)[0].data.metrics["a"] == 1.0
 
 
-def test_four_first_starts_at_once_make_one_store(here):
+def test_four_first_starts_at_once_make_one_store(here, process):
     tellers = [Recorder() for _ in range(4)]
     for number, teller in enumerate(tellers):
         teller.tell(create=f"stage-{number}", tags={}, params={})
@@ -130,7 +167,6 @@ def test_a_server_that_is_not_there_is_named(here, monkeypatch):
 
 
 def test_what_dvc_lock_does_not_know_yet_is_looked_for_again(here, monkeypatch):
-    monkeypatch.setenv("DVC_STAGE", "x@0")
     whole = {"stages": {"x": {"outs": [{"path": "a", "md5": "1"}, {"path": "b", "md5": "2"}]}}}
     halves = ["stages: {", json.dumps({"stages": {"x": {"outs": whole["stages"]["x"]["outs"][:1]}}}), json.dumps(whole)]
 
@@ -139,4 +175,4 @@ def test_what_dvc_lock_does_not_know_yet_is_looked_for_again(here, monkeypatch):
 
     write_next(None)
     monkeypatch.setattr(recorder.time, "sleep", write_next)
-    assert recorder.hashes(["a", "b"]) == {"a": "1", "b": "2"}
+    assert recorder.hashes(["a", "b"], of_dvc=True) == {"a": "1", "b": "2"}

@@ -122,7 +122,9 @@ def test_control_tokens_change_nothing_until_they_are_trained_and_are_never_said
     prompts = Prompts([prompt] * 50, [f"{i}" for i in range(50)])
     drawn = generate(Policy(model, 0.3), prompts, [0] * 50, 8, 0)
     assert not {good, bad} & {token for t in drawn.tokens for token in t.response}
-    entropies = measure(policy, drawn.tokens, lambda policy, batch: policy(batch).entropy.sum(-1).tolist())
+    entropies = measure(
+        policy, drawn.tokens, lambda policy, batch: policy(batch, entropy=True).entropy.sum(-1).tolist()
+    )
     assert np.isfinite(entropies).all()
     assert np.isfinite(log_likelihoods(policy, drawn.tokens)).all()
 

@@ -21,6 +21,7 @@ from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Networks
+from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.optimise import scheduled
 
 TRAINING = Training(
@@ -172,7 +173,7 @@ def variant(name, **changes):
 def run_pairs(tokenizer, examples, settings, reference, log=silent):
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
     steps = supervised.steps_over(settings, 6)
-    preference.train(policy, halves(examples), reference, settings, steps, 0, NoWatch(), log, "x")
+    preference.train(policy, halves(examples), reference, settings, steps, 0, Record(NoWatch(), log, "x"))
     return weights(policy)
 
 
@@ -208,7 +209,7 @@ def test_pairs_that_are_one_to_the_tokenizer_are_refused(tokenizer, examples):
     policy = Policy(small_model(tokenizer), 1.0)
     pairs = Pairs(examples[:2], [examples[5], examples[1]], ["a", "b"])
     with pytest.raises(DataError, match="b: chosen and rejected are the same tokens"):
-        preference.train(policy, pairs, None, variant("simpo"), 1, 0, NoWatch(), silent, "x")
+        preference.train(policy, pairs, None, variant("simpo"), 1, 0, Record(NoWatch(), silent, "x"))
 
 
 def test_a_last_step_that_diverges_is_noticed(tokenizer, examples):
@@ -260,7 +261,7 @@ def run_ppo(
     reference = reference or copy.deepcopy(model)
     networks = Networks(Policy(model, 1.0), Policy(reference, 1.0), reward or scorer(tokenizer))
     prompts = Prompts([[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]], ["p0", "p1"])
-    policy_gradient.train(networks, prompts, corpus, settings, max_new_tokens, seed, NoWatch(), log, "x")
+    policy_gradient.train(networks, prompts, corpus, settings, max_new_tokens, seed, Record(NoWatch(), log, "x"))
     return networks.policy
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.language.continuation import continuation
 from rlhf_vs_dpo.language.logprobs import Policy, suppress
 from rlhf_vs_dpo.language.models import autocast
 from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context
@@ -110,56 +111,30 @@ def from_main(values: list[float]) -> list[float]:
 
 
 def _generate_batch(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
-    """Responses of one left-padded batch; `uniforms` is (B, most tokens of a response)."""
-    from transformers import DynamicCache
-
-    model, device, eos, most = policy.model, uniforms.device, policy.eos, uniforms.shape[1]
+    """Responses to prompts, each of which is read once; `uniforms` is (B, most tokens of a response)."""
+    model, eos, most = policy.model, policy.eos, uniforms.shape[1]
     distinct = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    expand = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
-    width = max(len(ids) for ids in prompts)
-    ids = np.full((len(distinct), width), policy.pad, dtype=np.int64)
-    mask = np.zeros((len(distinct), width + most), dtype=np.int64)
-    for prompt, row in distinct.items():
-        ids[row, width - len(prompt) : width] = prompt
-        mask[row, width - len(prompt) :] = 1
-    step_ids = torch.from_numpy(ids).to(device)
-    attention = torch.from_numpy(mask).to(device)
-    place = (attention[:, :width].cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
-    drawn = torch.full((len(prompts), most), eos, device=device)
-    rows = torch.arange(len(prompts), device=device)  # which row of `drawn` each row of the cache belongs to
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    expand = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=uniforms.device)
+    reading = continuation(model, list(distinct), most, policy.pad)
+    if len(distinct) < len(prompts):
+        reading.select(expand)
+    drawn = torch.full((len(prompts), most), eos, device=uniforms.device)
+    rows = torch.arange(len(prompts), device=uniforms.device)  # which row of `drawn` is read on in each row
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=uniforms.device)
     for step in range(most):
-        logits = model(
-            input_ids=step_ids,
-            attention_mask=attention[:, : width + step],
-            position_ids=place,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        if step == 0:  # from here on there is a row for each response
-            cache.batch_select_indices(expand)
-            logits, attention, place = logits[expand], attention[expand], place[expand]
-        logits = suppress(logits.float(), model)
+        logits = suppress(reading.logits.float(), model)
         # A row that has ended is carried along until the next clearing; all it draws is EOS.
         token = torch.where(ended, eos, inverse_cdf(logits, uniforms[rows, step], policy.temperature))
         drawn[rows, step] = token
         ended = ended | (token == eos)
-        place, step_ids = place[:, -1:] + 1, token[:, None]
         living = int((~ended).sum())
-        if not living:
+        if not living or step == most - 1:
             break
         if living <= 0.75 * len(rows):  # clear what has ended: copying the cache costs less than carrying the dead
             keep = (~ended).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, ended, attention, place, step_ids = (
-                rows[keep],
-                ended[keep],
-                attention[keep],
-                place[keep],
-                step_ids[keep],
-            )
+            reading.select(keep)
+            rows, ended, token = rows[keep], ended[keep], token[keep]
+        reading.step(token)
     return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
 
 

@@ -21,12 +21,12 @@ class TokenLogprobs(NamedTuple):
 
     logp    (B, T) float32: log pi(token | what precedes it) at response tokens, 0 elsewhere
     mask    (B, T) bool: where response tokens are; whoever averages must use it, zeros are not values
-    entropy (B, T) float32, detached: entropy of the distribution each response token was drawn from, 0 elsewhere
+    entropy (B, T) float32, detached: entropy of the distribution each response token was drawn from, 0 elsewhere; None where not asked for
     """
 
     logp: Tensor
     mask: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
     def sums(self) -> Tensor:
         """log pi(y|x), shape (B,)."""
@@ -64,15 +64,17 @@ class Policy(Network):
         """Id of the token that ends a response."""
         return self.model.config.eos_token_id
 
-    def forward(self, batch: Batch, temperature: float | None = None) -> TokenLogprobs:
-        """Log-probabilities at the policy's own temperature, unless another is given."""
+    def forward(self, batch: Batch, temperature: float | None = None, entropy: bool = False) -> TokenLogprobs:
+        """Log-probabilities at the policy's own temperature, unless another is given; and entropies, if asked for."""
         mask = batch.response_mask
         log_distribution = self.distributions(batch, temperature)
         chosen = log_distribution.gather(-1, batch.input_ids[mask][:, None])[:, 0]  # (N,)
-        with torch.no_grad():
-            entropy = -(log_distribution.exp() * log_distribution).sum(-1)
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, empty.masked_scatter(mask, entropy))
+        spread = None
+        if entropy:
+            with torch.no_grad():
+                spread = empty.masked_scatter(mask, -(log_distribution.exp() * log_distribution).sum(-1))
+        return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, spread)
 
     def distributions(self, batch: Batch, temperature: float | None = None) -> Tensor:
         """Log-probabilities of every token at the states before the N response tokens, in their order, (N, V) float32."""

@@ -6,6 +6,7 @@ part of it. Masks come from lengths, never from comparing ids with PAD or EOS.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -228,20 +229,17 @@ def check_distinct(pairs: Pairs) -> None:
 
 def collate(examples: Sequence[Tokens], pad: int) -> Batch:
     """Pad examples on the right to one length: what is causal never sees the padding."""
-    width = max(len(example) for example in examples)
-    ids = np.full((len(examples), width), pad, dtype=np.int64)
-    attention = np.zeros((len(examples), width), dtype=np.int64)
-    response = np.zeros((len(examples), width), dtype=bool)
-    for row, example in enumerate(examples):
-        middle, end = len(example.prompt), len(example)
-        ids[row, :middle] = example.prompt
-        ids[row, middle:end] = example.response
-        attention[row, :end] = 1
-        response[row, middle:end] = True
+    starts = np.array([len(example.prompt) for example in examples])
+    ends = starts + np.array([len(example.response) for example in examples])
+    place = np.arange(ends.max())
+    attended = place < ends[:, None]
+    ids = np.full(attended.shape, pad, dtype=np.int64)
+    ids[attended] = np.fromiter(chain.from_iterable(chain.from_iterable(examples)), np.int64, ends.sum())
+    response = attended & (place >= starts[:, None])
     seen: dict[tuple[int, ...], int] = {}  # prompt -> the first row that has it
     rows = [seen.setdefault(tuple(example.prompt), row) for row, example in enumerate(examples)]
     first, owner = np.unique(np.array(rows, dtype=np.int64), return_inverse=True)
-    return Batch(*map(torch.from_numpy, (ids, attention, response, first, owner)))
+    return Batch(*map(torch.from_numpy, (ids, attended.astype(np.int64), response, first, owner)))
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
@@ -250,13 +248,12 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) ->
     Returns lists of indices into `lengths` (longest first, so that memory peaks at once), at least `at_least` of
     them: with several processes each must run as many backward passes as the others. One example is never split.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     groups: list[list[int]] = []
-    for i in order:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    while order:
+        count = max(1, max_tokens // max(lengths[order[0]], 1))
+        groups.append(order[:count])
+        order = order[count:]
     while len(groups) < at_least:
         widest = max(range(len(groups)), key=lambda g: len(groups[g]))
         group = groups[widest]

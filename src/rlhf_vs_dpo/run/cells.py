@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_vs_dpo.errors import ParamsError, UserError
+from rlhf_vs_dpo.run import recorder
 from rlhf_vs_dpo.run.launch import end_with_parent
 
 LOGS = Path("logs")
@@ -39,6 +40,15 @@ def main() -> int:
     FIRST_FAILURE.unlink(missing_ok=True)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir()
+    if not waiting:
+        print("Everything is up to date.")
+        return 0
+    with recorder.shared(LOGS / "mlflow.log"):
+        return run(waiting, jobs, devices)
+
+
+def run(waiting: list[list[str]], jobs: int, devices: list[str]) -> int:
+    """Run stages, wave after wave; returns the exit status of the first that failed, or 0."""
     rest: list[str] = []
     while waiting and len(waiting[-1]) == 1:  # the tail: one stage after another, before one's eyes
         rest = waiting.pop() + rest
@@ -50,8 +60,6 @@ def main() -> int:
         if status:
             return status
         done += len(wave)
-    if not rest and not total:
-        print("Everything is up to date.")
     if not rest:
         return 0
     tail = ["dvc", "--wait-for-lock", "repro", "--single-item", *rest]

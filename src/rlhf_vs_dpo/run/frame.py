@@ -46,7 +46,7 @@ class Run:
 
         `stage` is given those that are always read; this is for what only some settings open.
         """
-        self._tell(reads=[str(path) for path in paths])
+        self._tell(reads=[str(path) for path in paths], of_dvc="DVC_STAGE" in os.environ)
 
     def warn(self, name: str, message: str) -> None:
         """A named warning: in the log, and as the tag `warning.<name>` of the run."""
@@ -103,9 +103,7 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
             if arithmetic.native():
                 print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
             recorder = Recorder()
-            recorder.tell(
-                create=os.environ.get("DVC_STAGE", name), tags=tags | {"arithmetic": arithmetic.name()}, params=params
-            )
+            recorder.tell(create=os.environ.get("DVC_STAGE", name), tags=tags | _circumstances(), params=params)
         run = Run(params, recorder)
         run.reads(*inputs)
         yield run
@@ -127,6 +125,14 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
             print(f"\nerror: {error}\n", file=sys.stderr)
             raise SystemExit(1) from None
         raise
+
+
+def _circumstances() -> dict[str, str]:
+    """Tags of the process that a stage is."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    return {"arithmetic": arithmetic.name(), "processes": os.environ.get("WORLD_SIZE", "1")} | (
+        {"dvc.exp": experiment} if experiment else {}
+    )
 
 
 def _device_name() -> str:

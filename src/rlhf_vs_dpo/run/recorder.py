@@ -1,28 +1,34 @@
-"""A process beside the stage that tells MLflow what the stage says: one JSON line for each thing said.
+"""A process beside the stages that tells MLflow what they say: one JSON line for each thing said.
 
     {"create": "rl@ppo-0", "tags": {...}, "params": {...}}     first; the answer is {"run_id": ...} or {"error": ...}
     {"metrics": {...}, "step": 10, "tags": {...}}              also alone
     {"reads": ["data/prompts.parquet"]}, {"artifact": "report/report.md"}
     {"end": "FINISHED"}                                        last; the answer is {"end": ...} or {"error": ...}
 
-Importing MLflow takes as long as importing torch does; here it happens meanwhile. A stage that is killed says no `end`, and
-its run is marked FAILED.
+Importing MLflow takes as long as importing torch does; here it happens meanwhile, and under `make repro` once for all stages: they share
+the process that `shared` starts. A stage by itself starts its own. A stage that is killed says no `end`, and its run is marked FAILED.
 """
 
 import json
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
 
 from rlhf_vs_dpo.errors import DataError
 
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
 FLUSH_SECONDS = 5.0
+SHARED = "RLHF_RECORDER"  # the socket of a process that several stages share
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
 WRITTEN_BY_HAND = ("src", "stages", "data/mini_tldr", "dvc.yaml", "params.yaml", "constraints.txt")
 
@@ -31,18 +37,14 @@ class Recorder:
     """The stage's end of the line."""
 
     def __init__(self) -> None:
-        # A session of its own: Ctrl-C ends the stage, and then this learns of it by the end of its input.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_vs_dpo.run.recorder"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+        self.said, self.answers, self.process = _line()
         self.run_id: str | None = None
         self.failure: str | None = None
         self.ended = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        for line in self.process.stdout:
+        for line in self.answers:
             try:
                 answer = json.loads(line)
             except json.JSONDecodeError:  # a library that prints
@@ -57,9 +59,9 @@ class Recorder:
         if self.failure is not None:
             raise DataError(self.failure)
         try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
+            self.said.write(json.dumps(message) + "\n")
+            self.said.flush()
+        except (BrokenPipeError, ConnectionError):
             self.ended.wait()
             raise DataError(
                 self.failure or "the process that tells MLflow has ended; its message stands above"
@@ -72,15 +74,57 @@ class Recorder:
         """
         try:
             self.tell(end=status)
-            self.process.stdin.close()
+            self.said.close()
         except (DataError, OSError, ValueError):  # ValueError: it has been ended before
             if status != "FAILED":
                 raise
         self.ended.wait()
-        self.process.wait()
-        if status != "FAILED" and (self.failure is not None or self.process.returncode != 0):
+        status_of_process = 0 if self.process is None else self.process.wait()
+        if status != "FAILED" and (self.failure is not None or status_of_process != 0):
             raise DataError(self.failure or "the process that tells MLflow ended early; its message stands above")
         return self.run_id
+
+
+def _line() -> tuple[TextIO, TextIO, subprocess.Popen | None]:
+    """Where to say things, where answers come, and the process that does it, if it is this stage's own."""
+    if place := os.environ.get(SHARED):
+        line = socket.socket(socket.AF_UNIX)
+        try:
+            line.connect(place)
+        except OSError:  # that `make repro` has ended
+            line.close()
+        else:
+            return line.makefile("w"), line.makefile("r"), None
+    # A session of its own: Ctrl-C ends the stage, and then this learns of it by the end of its input.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_vs_dpo.run.recorder"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    return process.stdin, process.stdout, process
+
+
+@contextmanager
+def shared(log: Path) -> Iterator[None]:
+    """One process for all stages that are started meanwhile; what libraries print goes to `log`."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-") as folder, socket.socket(socket.AF_UNIX) as door:
+        place = str(Path(folder) / "recorder")  # the path of a socket must be short
+        door.bind(place)
+        door.listen()
+        # It ends by itself when its input has ended, which is also when this process is killed, and every stage has hung up.
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf_vs_dpo.run.recorder", str(door.fileno())],
+                stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[door.fileno()], start_new_session=True,
+            )  # fmt: skip
+        before = os.environ.get(SHARED)
+        os.environ[SHARED] = place
+        try:
+            yield
+        finally:
+            del os.environ[SHARED]
+            if before is not None:
+                os.environ[SHARED] = before
+            process.communicate()
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -99,16 +143,14 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def tags_of(name: str, tags: dict[str, str]) -> dict[str, str]:
-    """What one filters on in the UI: stage, method, commit, profile, the DVC experiment."""
+    """What one filters on in the UI: stage, method, commit, profile, and what the stage says of itself."""
     from rlhf_vs_dpo.run import profiles
 
     tags = {"dvc.stage": name, "profile": profiles.current(), **tags}
-    if taken_part := os.environ.get("DVC_EXP_NAME"):
-        tags["dvc.exp"] = taken_part
     if commit := _git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
         tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", *WRITTEN_BY_HAND))).lower()
-    return tags | {"processes": os.environ.get("WORLD_SIZE", "1")}
+    return tags
 
 
 def _git(*arguments: str) -> str:
@@ -141,7 +183,7 @@ class Writer:
         for key, value in message.get("tags", {}).items():
             self.client.set_tag(self.run_id, key, value)
         if "reads" in message:
-            used = hashes(message["reads"])
+            used = hashes(message["reads"], message["of_dvc"])
             self.client.log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in used.items()])
             if tables := self.store.datasets(used):
                 self.client.log_inputs(self.run_id, tables)
@@ -157,17 +199,17 @@ class Writer:
         self.flushed = time.monotonic()
 
 
-def hashes(paths: list[str]) -> dict[str, str]:
+def hashes(paths: list[str], of_dvc: bool) -> dict[str, str]:
     """path -> md5 of those paths that dvc.lock knows.
 
-    Another stage that ends right now rewrites dvc.lock: what is not in it yet is looked for again for a moment.
+    Another stage that ends right now rewrites dvc.lock: a stage that DVC started looks again for a moment for what is not in it.
     """
     from ruamel.yaml.error import YAMLError
 
     from rlhf_vs_dpo.run.pipeline import locked
 
     known: dict[str, str] = {}
-    for _ in range(10 if "DVC_STAGE" in os.environ else 1):
+    for _ in range(10 if of_dvc else 1):
         try:
             known = locked()
         except (YAMLError, AttributeError):  # half of it
@@ -179,10 +221,41 @@ def hashes(paths: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Take lines from standard input until they end."""
-    from contextlib import redirect_stdout
-
+    """Serve the stage on standard input and output, or all that connect to the socket whose number is given."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    if len(sys.argv) == 1:
+        sys.exit(0 if serve(sys.stdin, answers) else 1)
+    door, conversations = socket.socket(fileno=int(sys.argv[1])), []
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        door.shutdown(socket.SHUT_RDWR)  # nobody comes any more; `accept` ends
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+    while True:
+        try:
+            line, _ = door.accept()
+        except OSError:
+            break
+        conversations.append(threading.Thread(target=_converse, args=[line]))
+        conversations[-1].start()
+    for conversation in conversations:
+        conversation.join()
+
+
+def _converse(line: socket.socket) -> None:
+    try:
+        with line, line.makefile("r") as said, line.makefile("w") as answers:
+            try:
+                serve(said, answers)
+            finally:
+                line.shutdown(socket.SHUT_RDWR)  # whoever still reads from it stops
+    except OSError:  # a stage that was killed hears no answer
+        pass
+
+
+def serve(said: TextIO, answers: TextIO) -> bool:
+    """Record one run from the lines that are said until they end; False where MLflow did not take it."""
 
     def answer(**content: Any) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -191,20 +264,23 @@ def main() -> None:
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for line in sys.stdin:
-            lines.put(line)
+        try:
+            for line in said:
+                lines.put(line)
+        except (OSError, ValueError):  # hung up
+            pass
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        with redirect_stdout(sys.stderr):
-            _record(lines, answer)
+        _record(lines, answer)
     except Exception as error:
         answer(error=str(error) if isinstance(error, DataError) else f"MLflow: {type(error).__name__}: {error}")
-        sys.exit(1)
+        return False
+    return True
 
 
-def _record(lines: queue.Queue, answer: Any) -> None:
+def _record(lines: queue.Queue, answer: Callable[..., None]) -> None:
     import logging
 
     first = lines.get()

@@ -22,6 +22,7 @@ from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training.imitation import from_pairs
 from rlhf_vs_dpo.training.learner import Networks
+from rlhf_vs_dpo.training.monitor import Record
 
 POINTS = 40  # of a curve
 
@@ -90,7 +91,7 @@ def reinforcement(problem: Problem, settings: Rl, seed: int) -> tuple[dict[str, 
     settings = settings.model_copy(update={"unfinished_reward": problem.unfinished_reward})
     policy_gradient.train(
         Networks(policy, problem.reference, problem.scorer), problem.prompts, [], settings, problem.max_new_tokens, seed,
-        watch, _silent, f"{problem.name}: {settings.algorithm}",
+        Record(watch, _silent, f"{problem.name}: {settings.algorithm}"),
     )  # fmt: skip
     return watch.measure(policy), watch.curve
 
@@ -141,9 +142,7 @@ def direct(
         settings,
         steps,
         seed,
-        watch,
-        _silent,
-        f"{problem.name}: {settings.loss}",
+        Record(watch, _silent, f"{problem.name}: {settings.loss}"),
     )
     return watch.measure(policy), watch.curve
 

@@ -20,6 +20,7 @@ from rlhf_vs_dpo.theory.experiments import Watch, rl_settings
 from rlhf_vs_dpo.theory.problems import Problem
 from rlhf_vs_dpo.training import policy_gradient
 from rlhf_vs_dpo.training.learner import Networks
+from rlhf_vs_dpo.training.monitor import Record
 
 Identities = dict[str, float]
 Bounds = dict[str, dict[str, float]]
@@ -242,7 +243,7 @@ def ptx_off(problem: Problem, episodes: int, seed: int) -> bool:
         policy = problem.start()
         policy_gradient.train(
             Networks(policy, problem.reference, problem.scorer), problem.prompts, text, settings, problem.max_new_tokens, seed,
-            Watch(problem, problem.ref, 10**9), lambda m, s: None, "PPO-ptx",
+            Record(Watch(problem, problem.ref, 10**9), lambda m, s: None, "PPO-ptx"),
         )  # fmt: skip
         weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     return bool(torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2]))

@@ -4,7 +4,7 @@ Training stages keep the samples; the `sample` stage has them scored (watched.py
 a method that needs no reward model does not depend on one.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from rlhf_vs_dpo.language.models import prompt_suffixes
 from rlhf_vs_dpo.language.text import Prompts, Tokens, encode_prompts
 from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.preferences.gold import columns as gold_columns
+from rlhf_vs_dpo.training.optimise import Log
 
 
 class HeldOut:
@@ -40,7 +41,7 @@ class HeldOut:
         self.points = {round(p * steps / max(settings.points - 1, 1)) for p in range(settings.points)} | {steps}
         self.tables: list[pd.DataFrame] = []
 
-    def watch(self, policy: Policy, step: int, log: Callable[[dict[str, float], int], None]) -> None:
+    def watch(self, policy: Policy, step: int, log: Log) -> None:
         """Measure `policy` if `step` is one of the points: logs means under `heldout/`, keeps the samples."""
         if step not in self.points:
             return
@@ -83,3 +84,11 @@ class HeldOut:
             "finished": float(table["finished"].mean()),
             "filler": float(table["filler"].mean()),
         }
+
+
+class Record(NamedTuple):
+    """Where the progress of a run goes: held-out samples, the metrics of each step, and the name on its progress bar."""
+
+    heldout: HeldOut
+    log: Log
+    what: str

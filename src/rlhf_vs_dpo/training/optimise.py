@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from rlhf_vs_dpo.config import Training
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language.text import micro_batches
 
@@ -47,28 +48,23 @@ class Optimiser:
     After construction `module` is the prepared one: pass it batches, also for measuring.
     """
 
-    def __init__(
-        self,
-        accelerate: Accelerator,
-        module: nn.Module,
-        learning_rate: float,
-        epsilon: float,
-        max_grad_norm: float,
-        weight_decay: float,
-        schedule: str,
-        warmup: float,
-        steps: int,
-    ):
-        self.accelerate, self.max_grad_norm = accelerate, max_grad_norm
-        self.peak, self.schedule, self.warmup, self.steps = learning_rate, schedule, warmup, steps
+    def __init__(self, accelerate: Accelerator, module: nn.Module, settings: Training):
+        self.accelerate, self.settings = accelerate, settings
         self.taken = 0
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, eps=epsilon, weight_decay=weight_decay, fused=True)
+        adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
         self.module, self.adamw = accelerate.prepare(module, adamw)
 
     @property
     def learning_rate(self) -> float:
-        return self.peak * scheduled(self.schedule, self.taken, self.steps, self.warmup)
+        given = self.settings
+        return given.learning_rate * scheduled(given.schedule, self.taken, given.steps, given.warmup)
 
     def share(self, indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         """This process's micro-batches of a global batch, as lists of the given indices.
@@ -107,7 +103,7 @@ class Optimiser:
         Raises TrainingError where loss or gradient is not finite, with the step, the learning rate and the ids of the
         batch (`names`): nothing of a diverged run is ever saved.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm).item()
         rate = self.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
@@ -127,7 +123,7 @@ def check_finite(values: Tensor, optimiser: Optimiser, names: Sequence[str]) -> 
     if not torch.isfinite(values).all():
         raise TrainingError(
             f"step {optimiser.taken}: the updated model gives values that are not finite, after a peak learning rate of "
-            f"{optimiser.peak:.3g}; last batch: {_some(names)}. Lower the learning rate or `max_grad_norm`"
+            f"{optimiser.settings.learning_rate:.3g}; last batch: {_some(names)}. Lower the learning rate or `max_grad_norm`"
         )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlhf_vs_dpo.config import Rl
+from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.models import autocast, freeze
@@ -23,8 +23,8 @@ from rlhf_vs_dpo.run.progress import bar
 from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Learner, Networks
-from rlhf_vs_dpo.training.monitor import HeldOut
-from rlhf_vs_dpo.training.optimise import Log, Optimiser, accelerator, scheduled
+from rlhf_vs_dpo.training.monitor import Record
+from rlhf_vs_dpo.training.optimise import Optimiser, accelerator, scheduled
 from rlhf_vs_dpo.training.rollouts import Episodes, rollout
 
 
@@ -44,9 +44,7 @@ def train(
     settings: Rl,
     max_new_tokens: int,
     seed: int,
-    heldout: HeldOut,
-    log: Log,
-    what: str,
+    record: Record,
 ) -> Totals:
     """Train `networks.policy` in place, by the attempt that `settings.algorithm` names.
 
@@ -70,9 +68,9 @@ def train(
     beta = settings.kl_coefficient
     distinct = settings.episodes // settings.samples_per_prompt
     generated = read = 0
-    with bar(settings.iterations, what, "iteration", visible=accelerate.is_main_process) as progress:
+    with bar(settings.iterations, record.what, "iteration", visible=accelerate.is_main_process) as progress:
         for iteration in range(settings.iterations):
-            heldout.watch(networks.policy, iteration, log)
+            record.heldout.watch(networks.policy, iteration, record.log)
             while len(queue) < distinct:
                 queue += rng.permutation(len(prompts.ids)).tolist()
             picked, queue = np.repeat(queue[:distinct], settings.samples_per_prompt).tolist(), queue[distinct:]
@@ -96,12 +94,12 @@ def train(
                 )
             progress.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}", refresh=False)
             progress.update()
-            log(
+            record.log(
                 {f"rollout/{name}": value for name, value in metrics.items()}
                 | {f"update/{name}": value for name, value in updates.items()},
                 iteration + 1,
             )
-        heldout.watch(networks.policy, settings.iterations, log)
+        record.heldout.watch(networks.policy, settings.iterations, record.log)
     return Totals(learner.trained, generated, read + learner.read)
 
 
@@ -110,15 +108,21 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
     accelerate = accelerator()
     steps = settings.iterations * getattr(settings, "epochs", 1) * getattr(settings, "minibatches", 1)
     waiting = getattr(settings, "value_warmup", 0) * steps // settings.iterations
-    shared = (settings.adam_epsilon, settings.max_grad_norm, 0.0, settings.schedule, 0.0)
+
+    def training(learning_rate: float, steps: int) -> Training:
+        return Training(
+            steps=steps, batch=settings.episodes, learning_rate=learning_rate, schedule=settings.schedule, warmup=0.0, weight_decay=0.0,
+            max_grad_norm=settings.max_grad_norm, adam_epsilon=settings.adam_epsilon,
+        )  # fmt: skip
+
     actor = critic = None
     if hasattr(settings, "learning_rate"):
-        actor = Optimiser(accelerate, networks.policy, settings.learning_rate, *shared, steps - waiting)
+        actor = Optimiser(accelerate, networks.policy, training(settings.learning_rate, steps - waiting))
     else:
         networks.policy.to(accelerate.device)
     if ATTEMPTS[settings.algorithm].critic:
         value = Scorer(copy.deepcopy(networks.reward.model)).requires_grad_(True)
-        critic = Optimiser(accelerate, value, settings.value_learning_rate, *shared, steps)
+        critic = Optimiser(accelerate, value, training(settings.value_learning_rate, steps))
     return Learner(
         networks, accelerate, settings, max_new_tokens, actor, critic, corpus, networks.policy.budget,
         minibatch_rng=np.random.default_rng([seed, 2]),

@@ -16,8 +16,7 @@ from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
 from rlhf_vs_dpo.training.invariants import hold, tolerance
-from rlhf_vs_dpo.training.monitor import HeldOut
-from rlhf_vs_dpo.training.optimise import Log
+from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.supervised import as_training, fit, work_of_pairs
 
 CHECKED = 32  # pairs whose log-probabilities are held against the stored ones before the first step
@@ -63,9 +62,7 @@ def train(
     settings: Preference,
     steps: int,
     seed: int,
-    heldout: HeldOut,
-    log: Log,
-    what: str,
+    record: Record,
     taken: int = 0,
 ) -> int:
     """Train on pairs for `steps` batches; returns the tokens trained on.
@@ -113,9 +110,9 @@ def train(
         work_of_pairs(pairs),
         loss,
         seed,
-        lambda metrics, step: log(metrics, taken + step),
-        what,
-        before_step=lambda step: heldout.watch(policy, taken + step, log),
+        lambda metrics, step: record.log(metrics, taken + step),
+        record.what,
+        before_step=lambda step: record.heldout.watch(policy, taken + step, record.log),
     )
 
 

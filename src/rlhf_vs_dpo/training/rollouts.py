@@ -100,7 +100,7 @@ def rollout(
         batch = collate([tokens[i] for i in group], learner.pad).to(device)
         place = episodes.flat(group).to(device)
         with autocast(device):
-            output = acting(batch)
+            output = acting(batch, entropy=True)
             flat["logp"][place] = output.logp[batch.response_mask]
             flat["entropy"][place] = output.entropy[batch.response_mask]
             flat["ref_logp"][place] = reference(batch).logp[batch.response_mask]

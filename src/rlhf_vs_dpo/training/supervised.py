@@ -62,17 +62,7 @@ def fit(
     `module` is the network as it is trained: wrapped, where several processes share the work.
     """
     accelerate = accelerator()
-    optimiser = Optimiser(
-        accelerate,
-        network,
-        settings.learning_rate,
-        settings.adam_epsilon,
-        settings.max_grad_norm,
-        settings.weight_decay,
-        settings.schedule,
-        settings.warmup,
-        settings.steps,
-    )
+    optimiser = Optimiser(accelerate, network, settings)
     budget = network.budget
     plan = batches(work.lengths, settings.batch, settings.steps, np.random.default_rng(seed)) if settings.steps else []
     every = max(1, settings.steps // POINTS)

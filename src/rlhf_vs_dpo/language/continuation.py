@@ -1,0 +1,121 @@
+"""Prompts read once, and then token after token: logits of what comes next, from a cache of keys and values.
+
+Two ways to one interface: a Llama by hand, its cache written in place and the last layer read at the last token of a prompt only; any other
+model as it comes. `logits` are those of the next token of each row; rows are prompts first, then whatever `select` makes of them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.language.llama import Rows, attend, heads, is_llama, rest, turns
+
+
+def continuation(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, pad: int) -> "OfLlama | AsItComes":
+    """Read prompts (token ids, none empty), each of which gets `most` tokens at the most."""
+    return OfLlama(model, prompts, most) if is_llama(model.base_model) else AsItComes(model, prompts, pad)
+
+
+class OfLlama:
+    """Keys and values of each layer, (rows, longest prompt + `most`, heads, head width): prompts first, responses right behind them."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], most: int):
+        self.model, self.body = model, model.base_model
+        *below, top = self.body.layers
+        device = self.body.embed_tokens.weight.device
+        lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+        rows = Rows.of(lengths, 0)
+        self.room = int(lengths.max()) + most
+        self.place = lengths - 1  # of the last token of each row
+        flat = self.body.embed_tokens(torch.tensor([token for ids in prompts for token in ids], device=device))
+        turn = turns(
+            self.body, flat, torch.arange(rows.tokens.shape[1], device=device).expand_as(rows.tokens)[rows.filled]
+        )
+        self.cache: list[tuple[Tensor, Tensor]] = []
+        for layer in below:
+            queries, keys, values = heads(layer, flat, turn, "qkv")
+            keys, values = self._keep(rows.pad(keys), rows.pad(values))
+            flat = rest(layer, flat, rows.unpad(attend(layer, rows.pad(queries), keys, values, None)))
+        keys, values = self._keep(*(rows.pad(of) for of in heads(top, flat, turn, "kv")))
+        ends = lengths.cumsum(0) - 1
+        read = flat[ends]
+        (queries,) = heads(top, read, turn[ends], "q")
+        self.logits = self._logits(top, read, queries, keys, values, rows.filled)
+
+    def _keep(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for the responses behind what is known of the prompts; returns what it was given."""
+        shape = keys.shape[0], self.room, keys.shape[1], keys.shape[3]
+        kept = keys.new_zeros(shape), values.new_zeros(shape)  # what is not filled has no weight, and must be finite
+        for room, known in zip(kept, (keys, values), strict=True):
+            room[:, : known.shape[2]] = known.transpose(1, 2)
+        self.cache.append(kept)
+        return keys, values
+
+    def _after(
+        self, layer: nn.Module, flat: Tensor, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor
+    ) -> Tensor:
+        """A layer at one token a row: (rows, d)."""
+        attended = attend(layer, queries[:, :, None], keys, values, seen[:, None, None])
+        return rest(layer, flat, attended.flatten(1))
+
+    def _logits(self, top: nn.Module, *last) -> Tensor:
+        return self.model.get_output_embeddings()(self.body.norm(self._after(top, *last)))
+
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to each row, (rows,) int64."""
+        self.place = self.place + 1
+        width = int(self.place.max()) + 1
+        seen = torch.arange(width, device=tokens.device) <= self.place[:, None]
+        number = torch.arange(len(tokens), device=tokens.device)
+        flat = self.body.embed_tokens(tokens)
+        turn = turns(self.body, flat, self.place)
+        for layer, (keys, values) in zip(self.body.layers, self.cache, strict=True):
+            queries, key, value = heads(layer, flat, turn, "qkv")
+            keys[number, self.place], values[number, self.place] = key, value
+            last = flat, queries, *(of[:, :width].transpose(1, 2) for of in (keys, values)), seen
+            if layer is self.body.layers[-1]:
+                self.logits = self._logits(layer, *last)
+            else:
+                flat = self._after(layer, *last)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, (n,) int64, some of them several times or not at all."""
+        self.place, self.logits = self.place[rows], self.logits[rows]
+        self.cache = [tuple(of.index_select(0, rows) for of in layer) for layer in self.cache]
+
+
+class AsItComes:
+    """Any model, by transformers' own cache, prompts padded on the left."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad: int):
+        from transformers import DynamicCache
+
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        width = max(map(len, prompts))
+        ids = np.full((len(prompts), width), pad, dtype=np.int64)
+        mask = np.zeros((len(prompts), width), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        device = next(model.parameters()).device
+        self.mask = torch.from_numpy(mask).to(device)
+        self._read(torch.from_numpy(ids).to(device), (self.mask.cumsum(-1) - 1).clamp_min(0))
+
+    def _read(self, ids: Tensor, place: Tensor) -> None:
+        said = self.model(
+            input_ids=ids, attention_mask=self.mask, position_ids=place, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        self.logits, self.place = said.logits[:, -1], place[:, -1:]
+
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to each row, (rows,) int64."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self._read(tokens[:, None], self.place + 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, (n,) int64, some of them several times or not at all."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.place, self.logits = self.mask[rows], self.place[rows], self.logits[rows]

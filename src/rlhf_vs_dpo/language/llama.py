@@ -1,0 +1,125 @@
+"""A Llama run by hand, piece by piece, for whoever needs less of it than a whole batch at every place.
+
+What is no attention works on a flat list of tokens, without padding; projections of the same tokens are one product. Each piece is
+what transformers' Llama computes, to rounding (tests hold values, gradients and samples against the model as it comes).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def is_llama(body: nn.Module) -> bool:
+    """Whether `body` (`model.base_model`) can be run by hand; any other model runs as it comes."""
+    from transformers import LlamaModel
+
+    return type(body) is LlamaModel and body.config._attn_implementation == "sdpa"
+
+
+class Rows(NamedTuple):
+    """Rows of tokens of a flat list, as attention wants them.
+
+    tokens  (count, width) int64, the place in the list of the token of each slot; some other token's where there is none
+    filled  (count, width) bool, slots that have a token
+    """
+
+    tokens: Tensor
+    filled: Tensor
+
+    @staticmethod
+    def of(lengths: Tensor, start: int) -> "Rows":
+        """Rows of these many tokens, one behind the other in the list from `start` on."""
+        filled = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        earlier = (filled.flatten().cumsum(0) - 1).clamp_min(0)
+        return Rows(start + earlier.view_as(filled), filled)
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """(n, heads, head width) -> (count, heads, width, head width)."""
+        return flat.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape).transpose(1, 2)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The reverse, heads side by side: (tokens of these rows, heads x head width)."""
+        return padded.transpose(1, 2).flatten(-2).flatten(0, 1).index_select(0, self.filled.flatten().nonzero()[:, 0])
+
+
+def turns(body: nn.Module, flat: Tensor, positions: Tensor) -> Tensor:
+    """By how much the heads of tokens at `positions` (n,) are turned: (n, 1, head width / 2), complex."""
+    cos, sin = (of[0, :, None, : of.shape[-1] // 2] for of in body.rotary_emb(flat[None], positions[None]))
+    return torch.complex(cos.float(), sin.float())
+
+
+def heads(layer: nn.Module, flat: Tensor, turn: Tensor, which: str) -> tuple[Tensor, ...]:
+    """Queries, keys and values of tokens, those of "q", "k" and "v" that are asked for: each (n, heads, head width).
+
+    Queries and keys are turned by their positions (rotary embedding, Su et al. 2021, arXiv:2104.09864, eq. 34): coordinates i and
+    i + width / 2 of a head are one complex number. They are put side by side in both alike, which leaves their products as they are.
+    """
+    attention = layer.self_attn
+    width, half = attention.head_dim, attention.head_dim // 2
+    asked = [getattr(attention, f"{name}_proj") for name in which]
+    counts = [projection.out_features // width for projection in asked]
+    moving = sum(counts[: len(which.rstrip("v"))])
+    pairs = torch.arange(width, device=flat.device).view(2, half).T.flatten()
+    within = [pairs if head < moving else pairs.sort().values for head in range(sum(counts))]
+    order = torch.cat([head * width + places for head, places in enumerate(within)])
+    found = _projected(layer.input_layernorm, flat, asked, order).unflatten(-1, (-1, width))
+    turned = torch.view_as_complex(found[:, :moving].float().unflatten(-1, (half, 2))) * turn
+    queries_and_keys = torch.view_as_real(turned).flatten(-2).to(found.dtype)
+    return *queries_and_keys.split(counts[: len(which.rstrip("v"))], dim=1), *(
+        [found[:, moving:]] if which.endswith("v") else []
+    )
+
+
+def attend(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention of (B, heads, places, head width) to what is `seen`, (B, 1, places of queries, of keys) bool; causal where that is None."""
+    from transformers.models.llama.modeling_llama import repeat_kv
+
+    groups, scale = layer.self_attn.num_key_value_groups, layer.self_attn.scaling
+    keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
+    return nn.functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=seen, is_causal=seen is None, scale=scale
+    )
+
+
+def rest(layer: nn.Module, flat: Tensor, attended: Tensor) -> Tensor:
+    """What a layer does behind its attention, (n, d)."""
+    flat = flat + layer.self_attn.o_proj(attended)
+    mlp = layer.mlp
+    gate, up = _projected(layer.post_attention_layernorm, flat, [mlp.gate_proj, mlp.up_proj]).chunk(2, dim=-1)
+    return flat + mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def _projected(norm: nn.Module, flat: Tensor, asked: Sequence[nn.Linear], order: Tensor | None = None) -> Tensor:
+    """Projections of normalised states in one product: (n, d) -> (n, sum of widths), in `order` where one is given.
+
+    The norm's weight is multiplied into the projections', which are smaller than what they project.
+    """
+    weight = torch.cat([projection.weight for projection in asked])
+    bias = None if asked[0].bias is None else torch.cat([projection.bias for projection in asked])
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
+    return nn.functional.linear(_Normalised.apply(flat, norm.variance_epsilon)[0], weight * norm.weight, bias)
+
+
+class _Normalised(torch.autograd.Function):
+    """x / rms(x) of each row (Zhang and Sennrich 2019, arXiv:1910.07467): (x / rms, 1 / rms); a backward pass of few sweeps.
+
+    With u = 1 / rms: dx = u g - x (g . x) u^3 / d. The second output only serves to differentiate again.
+    """
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        inverse = (flat.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        ctx.save_for_backward(flat, inverse)
+        ctx.set_materialize_grads(False)
+        return flat * inverse, inverse
+
+    @staticmethod
+    def backward(ctx, slope: Tensor, of_inverse: Tensor | None) -> tuple[Tensor, None]:
+        flat, inverse = ctx.saved_tensors
+        along = (slope * flat).sum(-1, keepdim=True)
+        if of_inverse is not None:
+            along = along + of_inverse
+        return torch.addcmul(slope * inverse, flat, along * inverse**3 / -flat.shape[-1]), None
