@@ -44,7 +44,8 @@ class Episodes(NamedTuple):
 
     def flat(self, group: Sequence[int]) -> Tensor:
         """Indices of the response tokens of some episodes, in the order in which a collated batch holds them."""
-        return torch.cat([torch.arange(int(self.offsets[i]), int(self.offsets[i + 1])) for i in group])
+        starts, counts = self.offsets[:-1][list(group)], self.offsets.diff()[list(group)]
+        return torch.arange(int(counts.sum())) + torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
 
     def owners(self) -> Tensor:
         """Episode of each response token, (N,) int64."""
