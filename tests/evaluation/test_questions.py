@@ -10,7 +10,7 @@ from conftest import ROOT
 from rlhf_vs_dpo.evaluation.questions import answered
 from rlhf_vs_dpo.evaluation.statistics import Resamples
 
-# Standard deviations of `preferred`: what a line gives to all its methods, to each, of prompts, of answers to a prompt. Estimated from three
+# Standard deviations of `preferred`: what a line gives to all its methods, to each, of prompts, of answers to a prompt. Estimated from four
 # lines of the default settings by benchmarks/spread_of_lines.py, see docs/statistics.md.
 LINE, METHOD, PROMPT, ANSWER = 0.008, 0.013, 0.055, 0.146
 EXPERIMENTS = int(os.environ.get("RLHF_EXPERIMENTS", 30))
