@@ -4,7 +4,7 @@ One line, or two, are described: no sentence draws a conclusion about methods, f
 three on, the planned questions are answered (`evaluation.questions`).
 """
 
-from itertools import takewhile
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -147,9 +147,11 @@ def _failed(found: dict[str, Any]) -> str | None:
         seen = {name: both[kind]["shown"] for name, both in found["failures"].items()}
         of = [name for name, shows in seen.items() if shows and not name.startswith("best of")]
         over_n = [name for name in seen if name.startswith("best of")]
-        to_the_end = list(takewhile(seen.__getitem__, reversed(over_n)))  # from which n on it shows
-        if to_the_end:
-            of.append(to_the_end[-1] + (" and more" if len(to_the_end) > 1 else ""))
+        for shows, names in groupby(over_n, seen.__getitem__):  # n one after another that show it
+            if shows:
+                run = [*names]
+                until = " and more" if run[-1] == over_n[-1] else f" to {run[-1].removeprefix('best of ')}"
+                of.append(run[0] + (until if len(run) > 1 else ""))
         told.append(f"{words}: {listed(of) or 'none'}")
     return (
         f"Two ways to go wrong, as far as the intervals of this run tell: {'; '.join(told)}."
