@@ -43,7 +43,11 @@ def installed(release: str) -> Path:
 def run(side: str, loop: str, size: str, folder: Path, **more: str) -> dict:
     """One process of one side: what it printed last, as JSON. Ends the benchmark with its output where it fails."""
     paths = [str(HERE.parent / "src"), *([str(installed(RELEASES[loop]))] if side == "trl" else [])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "WANDB_DISABLED": "true", "TRL_EXPERIMENTAL_SILENCE": "1"} | more
+    environment = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join(paths), "WANDB_DISABLED": "true", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        | more
+    )
     command = [sys.executable, str(HERE / "sides.py"), side, loop, size, str(folder.resolve()), str(ASIDE.resolve())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -106,7 +110,9 @@ def figure(rows: list[dict], path: Path) -> None:
         ratios = [a / b for a, b in zip(row["rates"]["ours"], row["rates"]["trl"], strict=True)]
         axes.barh(place, row["ratio"], color="#4477aa")
         axes.plot([min(ratios), max(ratios)], [place, place], color="black", linewidth=1.5)
-        axes.annotate(f"{row['ratio']:.2f}", (max(ratios), place), xytext=(4, -3), textcoords="offset points", fontsize=9)
+        axes.annotate(
+            f"{row['ratio']:.2f}", (max(ratios), place), xytext=(4, -3), textcoords="offset points", fontsize=9
+        )
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row["loop"] for row in rows[::-1]])
     axes.set_xlabel("rate here, TRL = 1 (bar: ratio of medians; line: range over rounds)")
@@ -134,7 +140,9 @@ def main(
     if size not in ("small", "large"):
         raise SystemExit("--size is small or large")
     if size == "small" and not (folder / "models" / "reward-0").exists():
-        raise SystemExit(f"{folder / 'models' / 'reward-0'} is not there: `make repro` first, or name a reproduced run with --folder")
+        raise SystemExit(
+            f"{folder / 'models' / 'reward-0'} is not there: `make repro` first, or name a reproduced run with --folder"
+        )
     ASIDE.mkdir(exist_ok=True)
     losses: dict[str, tuple[float, float]] = {}
     for loop in [loop for loop in wanted if loop != "ppo"]:  # TRL adds up PPO's two losses, and means them otherwise

@@ -54,7 +54,9 @@ def one(loop: str, millions: float, times: int) -> dict:
     batch = (TEXTS if loop != "dpo" else TEXTS // 2) * times  # a pair is two texts
     size = sides.Size(batch, 2, TEXTS * times, 2, RESPONSE)
     asked = [torch.randint(3, words, (PROMPT,)).tolist() for _ in range(3 * batch)]
-    chosen, rejected = ([Tokens(prompt, [*torch.randint(3, words, (RESPONSE - 1,)).tolist(), 2]) for prompt in asked] for _ in range(2))
+    chosen, rejected = (
+        [Tokens(prompt, [*torch.randint(3, words, (RESPONSE - 1,)).tolist(), 2]) for prompt in asked] for _ in range(2)
+    )
     names = [str(i) for i in range(len(asked))]
     given = sides.Material(model, reward, None, chosen, Pairs(chosen, rejected, names), Prompts(asked, names), [])
     sides.ours(loop, given, size, 1, 0)
@@ -79,7 +81,9 @@ def draw(found: dict[tuple[str, float, int], dict], path: Path) -> None:
                 values = [found[loop, millions, t][what] for t in times]
                 tokens = [TEXTS * (PROMPT + RESPONSE) * t for t in times]
                 place.loglog(tokens, values, marker="o")
-                place.annotate(f"{millions:g} M", (tokens[-1], values[-1]), xytext=(4, -3), textcoords="offset points", fontsize=8)
+                place.annotate(
+                    f"{millions:g} M", (tokens[-1], values[-1]), xytext=(4, -3), textcoords="offset points", fontsize=8
+                )
             place.set_xlim(right=TEXTS * (PROMPT + RESPONSE) * TIMES[-1] * 1.8)
             if row == 0:
                 place.set_title(loop)
@@ -112,9 +116,18 @@ def main(
                     raise SystemExit(done.stderr[-3000:])
                 measured = found[loop, millions, times] = json.loads(done.stdout.splitlines()[-1])
                 tokens = TEXTS * (PROMPT + RESPONSE) * times
-                print(f"{loop:4} {millions:>6g} M {tokens:>7} {measured['seconds']:>9.3f} {measured['mib']:>7.0f}", flush=True)
-            slopes = [np.polyfit(np.log(TIMES), np.log([found[loop, millions, t][w] for t in TIMES]), 1)[0] for w in ("seconds", "mib")]
-            print(f"{loop:4} {millions:>6g} M slope in tokens: seconds {slopes[0]:.2f}, memory {slopes[1]:.2f}", flush=True)
+                print(
+                    f"{loop:4} {millions:>6g} M {tokens:>7} {measured['seconds']:>9.3f} {measured['mib']:>7.0f}",
+                    flush=True,
+                )
+            slopes = [
+                np.polyfit(np.log(TIMES), np.log([found[loop, millions, t][w] for t in TIMES]), 1)[0]
+                for w in ("seconds", "mib")
+            ]
+            print(
+                f"{loop:4} {millions:>6g} M slope in tokens: seconds {slopes[0]:.2f}, memory {slopes[1]:.2f}",
+                flush=True,
+            )
     (HERE / ".against").mkdir(exist_ok=True)
     draw(found, HERE / ".against" / "growth.png")
 

@@ -122,9 +122,12 @@ def large(aside: Path, size: Size) -> Material:
     responses = [" " + " ".join(said[8:56]) for said in words]
     half = len(words) // 2
     names = [f"r{i}" for i in range(half)]
-    rows = pd.DataFrame({"prompt": prompts[:half], "chosen": responses[:half], "rejected": responses[half:], "pair_id": names})
+    rows = pd.DataFrame(
+        {"prompt": prompts[:half], "chosen": responses[:half], "rejected": responses[half:], "pair_id": names}
+    )
     encoded = [
-        text.encode(tokenizer, rows["prompt"], rows[side], names, models.context_of(model.config)) for side in ("chosen", "rejected")
+        text.encode(tokenizer, rows["prompt"], rows[side], names, models.context_of(model.config))
+        for side in ("chosen", "rejected")
     ]
     asked = Prompts(text.encode_prompts(tokenizer, prompts[:half]), names)
     return Material(model, scorer.model, tokenizer, encoded[0], Pairs(*encoded, names), asked, prompts[:half])
@@ -191,7 +194,9 @@ def ours(loop: str, given: Material, size: Size, updates: int, start: int) -> tu
         )  # fmt: skip
         policy = Policy(copy.deepcopy(given.model), 1.0)
         networks = Networks(policy, Policy(copy.deepcopy(given.model), 1.0), heads.Scorer(copy.deepcopy(given.reward)))
-        totals = policy_gradient.train(networks, given.prompts, [], settings, size.max_new_tokens, 0, Record(NoWatch(), silent, loop))
+        totals = policy_gradient.train(
+            networks, given.prompts, [], settings, size.max_new_tokens, 0, Record(NoWatch(), silent, loop)
+        )
         return updates * size.episodes, totals.tokens_trained
     if loop == "sft":
         policy = Policy(copy.deepcopy(given.model), 1.0)
@@ -263,7 +268,10 @@ def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int,
         ]
         arguments = RewardConfig(**shared, max_length=None)
         return RewardTrainer(
-            copy.deepcopy(given.reward), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            copy.deepcopy(given.reward),
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
         )
     if loop == "dpo":
         from trl import DPOConfig, DPOTrainer
@@ -277,7 +285,11 @@ def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int,
             for a, b in zip(pairs.chosen, pairs.rejected, strict=True)
         ]
         arguments = DPOConfig(
-            **shared, beta=BETA, max_length=None, precompute_ref_log_probs=True, precompute_ref_batch_size=4 * size.batch
+            **shared,
+            beta=BETA,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            precompute_ref_batch_size=4 * size.batch,
         )
         return Ready(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     bos = tokenizer.bos_token or ""
@@ -286,6 +298,8 @@ def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int,
     if loop == "rloo":
         from trl import RLOOConfig, RLOOTrainer
 
+        model.save_pretrained(Path(folder) / "start")  # TRL loads the reference by the model's name
+        model.config.name_or_path = str(Path(folder) / "start")
         arguments = RLOOConfig(
             **rl, num_generations=GENERATIONS, max_completion_length=size.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, beta=BETA,
             max_steps=updates,
@@ -376,7 +390,6 @@ def rloo_gradient(given: Material, policy: torch.nn.Module, pairs: Pairs, size: 
 
 def losses_of_trl(loop: str, given: Material, pairs: Pairs, reference: torch.nn.Module, size: Size) -> dict[str, float]:
     """TRL's own `compute_loss` on the batch."""
-    from datasets import Dataset
 
     with tempfile.TemporaryDirectory() as folder:
         if loop == "dpo":
@@ -387,22 +400,36 @@ def losses_of_trl(loop: str, given: Material, pairs: Pairs, reference: torch.nn.
 
             sides = {
                 "prompt": pad([torch.tensor(t.prompt) for t in pairs.chosen], given.tokenizer.pad_token_id, "left"),
-                "completion": pad([torch.tensor(t.response) for t in pairs.chosen], given.tokenizer.pad_token_id, "right"),
+                "completion": pad(
+                    [torch.tensor(t.response) for t in pairs.chosen], given.tokenizer.pad_token_id, "right"
+                ),
             }
             masks = {
                 "prompt": pad([torch.ones(len(t.prompt), dtype=torch.long) for t in pairs.chosen], 0, "left"),
                 "completion": pad([torch.ones(len(t.response), dtype=torch.long) for t in pairs.chosen], 0, "right"),
             }
-            inputs = {f"{name}_ids": ids for name, ids in sides.items()} | {f"{name}_mask": mask for name, mask in masks.items()}
-            both = torch.cat([sides["prompt"], sides["completion"]], 1), torch.cat([masks["prompt"], masks["completion"]], 1)
+            inputs = {f"{name}_ids": ids for name, ids in sides.items()} | {
+                f"{name}_mask": mask for name, mask in masks.items()
+            }
+            both = (
+                torch.cat([sides["prompt"], sides["completion"]], 1),
+                torch.cat([masks["prompt"], masks["completion"]], 1),
+            )
             with torch.no_grad():
                 found = trainer._get_per_token_logps_and_entropies(trainer.model, *both, sides["completion"].size(1))
             rewards = rloo_rewards(len(pairs.chosen))
             baseline = (rewards.sum(-1, keepdim=True) - rewards) / (GENERATIONS - 1)  # TRL computes it while it samples
-            inputs |= {"old_logps": (found[0] * masks["completion"]).sum(1), "advantages": (rewards - baseline).flatten()}
+            inputs |= {
+                "old_logps": (found[0] * masks["completion"]).sum(1),
+                "advantages": (rewards - baseline).flatten(),
+            }
             trainer.model.train()
             trainer._compute_loss(trainer.model, inputs).backward()
-            return {"RLOO, norm of the gradient": float(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]))}
+            return {
+                "RLOO, norm of the gradient": float(
+                    torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+                )
+            }
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.eval()
         with torch.no_grad():
@@ -410,7 +437,9 @@ def losses_of_trl(loop: str, given: Material, pairs: Pairs, reference: torch.nn.
         return {{"sft": "SFT", "reward": "reward model"}[loop]: loss}
 
 
-def preference_losses_of_trl(given: Material, pairs: Pairs, reference: torch.nn.Module, size: Size, folder: str) -> dict[str, float]:
+def preference_losses_of_trl(
+    given: Material, pairs: Pairs, reference: torch.nn.Module, size: Size, folder: str
+) -> dict[str, float]:
     """DPO's trainer under three of its losses, and CPO's under SimPO's."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -447,12 +476,16 @@ def preference_losses_of_trl(given: Material, pairs: Pairs, reference: torch.nn.
         output_dir=folder, loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0, bf16=False, use_cpu=True, report_to="none",
         gradient_checkpointing=False, max_length=64, disable_tqdm=True,
     )  # fmt: skip
-    trainer = CPOTrainer(copy.deepcopy(given.model), args=arguments, train_dataset=texts, processing_class=given.tokenizer)
+    trainer = CPOTrainer(
+        copy.deepcopy(given.model), args=arguments, train_dataset=texts, processing_class=given.tokenizer
+    )
     with torch.no_grad():
         from rlhf_vs_dpo.language.text import collate
 
         output = Policy(given.model, 1.0)(collate(pairs.both(range(size.batch)), given.tokenizer.pad_token_id))
-        means = output.sums() / output.lengths()  # CPO's trainer averages them itself; its loss is what is compared here
+        means = (
+            output.sums() / output.lengths()
+        )  # CPO's trainer averages them itself; its loss is what is compared here
         found["SimPO"] = float(trainer.cpo_loss(*means.chunk(2))[0].mean())
     return found
 
@@ -460,7 +493,11 @@ def preference_losses_of_trl(given: Material, pairs: Pairs, reference: torch.nn.
 def main() -> None:
     side, loop, name, folder, aside = sys.argv[1:]
     size = SIZES[name]
-    given = {"tiny": lambda: tiny(size), "small": lambda: small(Path(folder), size), "large": lambda: large(Path(aside), size)}[name]()
+    given = {
+        "tiny": lambda: tiny(size),
+        "small": lambda: small(Path(folder), size),
+        "large": lambda: large(Path(aside), size),
+    }[name]()
     said, sys.stdout = sys.stdout, sys.stderr  # TRL prints
     if os.environ.get("ONE_BATCH"):
         found = losses(side, loop, given, size)

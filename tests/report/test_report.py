@@ -135,7 +135,9 @@ def test_failures_are_named_where_the_intervals_show_them(found):
     assert f"utility fell): {of_n[-2]} and more." in " ".join(words.verdict(planted))
     for n, shown in ((16, False), (32, True)):  # where it ends, and begins again
         both = planted["failures"][of_n[0]]
-        planted["failures"][f"best of {n}"] = both | {"reward_model_exploited": both["reward_model_exploited"] | {"shown": shown}}
+        planted["failures"][f"best of {n}"] = both | {
+            "reward_model_exploited": both["reward_model_exploited"] | {"shown": shown}
+        }
     assert of_n == ["best of 4", "best of 8"]
     assert "utility fell): best of 4 to 8 and best of 32." in " ".join(words.verdict(planted))
 
