@@ -178,7 +178,7 @@ import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import synthetic
 from pathlib import Path
-from rlhf_vs_dpo.run import frame, publish
+from rlhf_vs_dpo.run import frame, publish, recorder
 from rlhf_vs_dpo.evaluation import views
 inputs, found = synthetic.inputs(seeds=(0, 1)), synthetic.found(seeds=(0, 1))
 folders = sorted({entry["folder"] for entry in views.for_tracking(found, inputs)} - {"best_of_4-0", "best_of_4-1"})
@@ -187,12 +187,13 @@ Path("dvc.lock").write_text("stages:\\n" + outs)
 Path("params.yaml").write_text((Path(sys.argv[2]).parent / "params.yaml").read_text())
 entries = {entry["folder"]: entry for entry in views.for_tracking(found, inputs)}  # one of a policy with two prompts
 pools = [{"folder": f"pool-{seed}", "method": "pool", "family": None} for seed in (0, 1)]
-for entry in [*entries.values(), *pools]:
-    tags = {"method": entry["method"], "family": entry["family"], "policy": entry["folder"], "seed": str(entry["seed"])} if entry["family"] else {}
-    if entry["family"] != "best_of_n":
-        with frame.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
-            for step in range(20):
-                run.log({"loss": 1 / (step + 1), "rollout/score": float(step)}, step)
+with recorder.shared(Path("mlflow.log")):
+    for entry in [*entries.values(), *pools]:
+        tags = {"method": entry["method"], "family": entry["family"], "policy": entry["folder"], "seed": str(entry["seed"])} if entry["family"] else {}
+        if entry["family"] != "best_of_n":
+            with frame.stage(f"x@{entry['folder']}", [], Path("runs") / f"{entry['folder']}.json", **tags) as run:
+                for step in range(20):
+                    run.log({"loss": 1 / (step + 1), "rollout/score": float(step)}, step)
 publish.publish(views.for_tracking(found, inputs), found["axes"], print)
 """
     environment = {**os.environ, "DVC_ROOT": str(folder)}
