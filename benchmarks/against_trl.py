@@ -74,7 +74,7 @@ def compare(loop: str, size: str, folder: Path, rounds: int) -> dict:
         "tokens_trained": [found[side][0]["tokens"] for side in ("ours", "trl")], "rates": rates, "tokens_per_second": tokens,
         "ratio": statistics.median(rates["ours"]) / statistics.median(rates["trl"]),
         "share": statistics.median(one["flops"] / one["seconds"] for one in found["ours"]) / ours["rate"],
-        "rate": ours["rate"] / 1e9, "threads": ours["threads"], "arithmetic": ours["arithmetic"],
+        "rate": ours["rate"] / 1e9, "arithmetic": ours["arithmetic"],
     }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def table(rows: list[dict], losses: dict[str, tuple[float, float]], size: str) -
     """The result as Markdown."""
     first = rows[0]
     said = [
-        f"{size}: {first['threads']} threads, {first['arithmetic']}; matrix products {first['rate']:.0f} GFLOP/s (float32).", "",
+        f"{size}: {first['arithmetic']}; matrix products {first['rate']:.0f} GFLOP/s (float32).", "",
         "| loop | TRL | work | here, per s | TRL, per s | ratio | tokens/s here | of the matrix rate |",
         "| ---- | --- | ---- | ----------- | ---------- | ----- | ------------- | ------------------ |",
     ]  # fmt: skip
