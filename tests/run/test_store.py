@@ -83,6 +83,17 @@ def test_a_process_that_has_ended_is_replaced(here, monkeypatch):
     assert teller.end("FINISHED") == runs(here)[0].info.run_id
 
 
+def test_where_a_socket_cannot_be_each_stage_has_a_process(here, monkeypatch):
+    long = here / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with recorder.shared(here / "mlflow.log"):
+        teller = Recorder()
+        assert teller.process is not None
+        teller.tell(create="x", tags={}, params={})
+        assert teller.end("FINISHED")
+
+
 def test_a_shared_process_hears_a_stage_to_its_end(here):
     """`make repro` may be killed first: what it shared stays until every stage has hung up."""
     with recorder.shared(here / "mlflow.log"):

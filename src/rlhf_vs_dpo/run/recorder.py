@@ -64,7 +64,8 @@ class Recorder:
         except (BrokenPipeError, ConnectionError):
             self.ended.wait()
             raise DataError(
-                self.failure or "the process that tells MLflow has ended; its message stands above"
+                self.failure
+                or "the process that tells MLflow has ended; its message stands above, or in logs/mlflow.log"
             ) from None
 
     def end(self, status: str) -> str | None:
@@ -81,7 +82,10 @@ class Recorder:
         self.ended.wait()
         status_of_process = 0 if self.process is None else self.process.wait()
         if status != "FAILED" and (self.failure is not None or status_of_process != 0):
-            raise DataError(self.failure or "the process that tells MLflow ended early; its message stands above")
+            raise DataError(
+                self.failure
+                or "the process that tells MLflow ended early; its message stands above, or in logs/mlflow.log"
+            )
         return self.run_id
 
 
@@ -108,7 +112,11 @@ def shared(log: Path) -> Iterator[None]:
     """One process for all stages that are started meanwhile; what libraries print goes to `log`."""
     with tempfile.TemporaryDirectory(prefix="rlhf-") as folder, socket.socket(socket.AF_UNIX) as door:
         place = str(Path(folder) / "recorder")  # the path of a socket must be short
-        door.bind(place)
+        try:
+            door.bind(place)
+        except OSError:  # a folder for temporary files with a very long name: each stage starts its own
+            yield
+            return
         door.listen()
         # It ends by itself when its input has ended, which is also when this process is killed, and every stage has hung up.
         with log.open("w") as output:
