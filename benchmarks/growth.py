@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 HERE = Path(__file__).parent
@@ -104,6 +103,8 @@ def main(
         loop, millions, times = single.split(",")
         print(json.dumps(one(loop, next(m for m in SHAPES if f"{m:g}" == millions), int(times))))
         return
+    import numpy as np  # not before a single measurement has fixed its arithmetic
+
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), str(HERE)])}
     found: dict[tuple[str, float, int], dict] = {}
     print(f"{'loop':4} {'weights':>8} {'tokens':>7} {'seconds':>9} {'MiB':>7}")
