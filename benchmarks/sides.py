@@ -136,8 +136,16 @@ def large(aside: Path, size: Size) -> Material:
 # ---- what both sides count -------------------------------------------------------------------------------------------
 
 
-def head(pairs: Pairs, start: int, stop: int) -> Pairs:
-    return Pairs(*(part[start:stop] for part in pairs))
+class Done(NamedTuple):
+    """What a run did: examples, pairs or episodes; tokens trained on, once for each network; seconds."""
+
+    units: int
+    tokens: int
+    seconds: float
+
+
+def head(pairs: Pairs, stop: int) -> Pairs:
+    return Pairs(*(part[:stop] for part in pairs))
 
 
 def training(size: Size, updates: int, learning_rate: float = 1e-4) -> config.Training:
@@ -171,14 +179,20 @@ def silent(metrics, step):
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(loop: str, given: Material, size: Size, updates: int, start: int) -> tuple[int, int]:
-    """Run a loop for some updates, or iterations, on rows from `start` on: (units, tokens trained on, once for each network)."""
+def ours(loop: str, given: Material, size: Size, updates: int) -> Done:
+    """Run a loop for some updates, or iterations, on the first rows; the copies of the networks are part of its time."""
+    begun = time.perf_counter()
+    units, tokens = trained(loop, given, size, updates)
+    return Done(units, tokens, time.perf_counter() - begun)
+
+
+def trained(loop: str, given: Material, size: Size, updates: int) -> tuple[int, int]:
     from rlhf_vs_dpo.training import policy_gradient, preference, supervised
     from rlhf_vs_dpo.training import reward as reward_training
     from rlhf_vs_dpo.training.learner import Networks
     from rlhf_vs_dpo.training.monitor import Record
 
-    stop = start + size.batch * updates
+    stop = size.batch * updates
     if loop in ("rloo", "ppo"):
         shared = {
             "iterations": updates, "episodes": size.episodes, "schedule": "constant", "adam_epsilon": 1e-5, "max_grad_norm": 1.0,
@@ -200,12 +214,12 @@ def ours(loop: str, given: Material, size: Size, updates: int, start: int) -> tu
         return updates * size.episodes, totals.tokens_trained
     if loop == "sft":
         policy = Policy(copy.deepcopy(given.model), 1.0)
-        rows = Examples(given.examples[start:stop], given.pairs.names[start:stop])
-        return stop - start, supervised.likelihood(policy, rows, training(size, updates), 0, silent, loop)
-    rows = head(given.pairs, start, stop)
+        rows = Examples(given.examples[:stop], given.pairs.names[:stop])
+        return stop, supervised.likelihood(policy, rows, training(size, updates), 0, silent, loop)
+    rows = head(given.pairs, stop)
     if loop == "reward":
         scorer = heads.Scorer(copy.deepcopy(given.reward))
-        return stop - start, reward_training.train(scorer, rows, training(size, updates), 0, silent, loop)
+        return stop, reward_training.train(scorer, rows, training(size, updates), 0, silent, loop)
     import pandas as pd
 
     policy = Policy(copy.deepcopy(given.model), 1.0)
@@ -216,33 +230,49 @@ def ours(loop: str, given: Material, size: Size, updates: int, start: int) -> tu
         loss="dpo", beta=BETA, epochs=1.0, rounds=1, batch=size.batch, learning_rate=1e-4, schedule="constant", warmup=0.0, weight_decay=0.0,
         max_grad_norm=1.0, adam_epsilon=1e-8,
     )  # fmt: skip
-    return stop - start, preference.train(policy, rows, known, settings, updates, 0, Record(NoWatch(), silent, loop))
+    return stop, preference.train(policy, rows, known, settings, updates, 0, Record(NoWatch(), silent, loop))
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
 
 
-def trl(loop: str, given: Material, size: Size, updates: int, start: int) -> tuple[int, int]:
-    """The same by TRL."""
+def trl(loop: str, given: Material, size: Size, updates: int) -> Done:
+    """The same by TRL; what its constructors do is not timed. It does not count what it samples: 0 tokens for RLOO and PPO."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(loop, given, size, updates, start, folder)
+        trainer = trainer_of(loop, given, size, updates, folder)
         begun = time.perf_counter()
         trainer.train()
-        trl.seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
     if loop in ("rloo", "ppo"):
-        return updates * size.episodes, getattr(trainer, "tokens_seen", 0)
-    stop = start + size.batch * updates
-    if loop == "sft":
-        return stop - start, sum(len(tokens) for tokens in given.examples[start:stop])
-    rows = head(given.pairs, start, stop)
-    return stop - start, sum(len(tokens) for side in (rows.chosen, rows.rejected) for tokens in side)
+        return Done(updates * size.episodes, 0, seconds)
+    stop = size.batch * updates
+    texts = given.examples[:stop] if loop == "sft" else given.pairs.chosen[:stop] + given.pairs.rejected[:stop]
+    return Done(stop, sum(map(len, texts)), seconds)
 
 
-def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int, folder: str):
+def dpo_trainer(model: torch.nn.Module, pairs: Pairs, arguments, tokenizer, reference: torch.nn.Module | None = None):
+    """TRL's DPO trainer on pairs that are tokens already."""
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    class Ready(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    rows = [
+        {"prompt_ids": a.prompt, "chosen_ids": a.response, "rejected_ids": b.response}
+        for a, b in zip(pairs.chosen, pairs.rejected, strict=True)
+    ]
+    return Ready(
+        model, ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def trainer_of(loop: str, given: Material, size: Size, updates: int, folder: str):
     """TRL's trainer of a loop, its data set already tokens."""
     from datasets import Dataset
 
-    stop = start + size.batch * updates
+    stop = size.batch * updates
     shared = {
         "output_dir": folder, "per_device_train_batch_size": size.batch, "num_train_epochs": 1, "max_grad_norm": 1.0, "bf16": False,
         "gradient_checkpointing": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -254,11 +284,11 @@ def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int,
 
         rows = [
             {"input_ids": [*t.prompt, *t.response], "labels": [-100] * len(t.prompt) + t.response}
-            for t in given.examples[start:stop]
+            for t in given.examples[:stop]
         ]
         arguments = SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
         return SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    pairs = head(given.pairs, start, stop)
+    pairs = head(given.pairs, stop)
     if loop == "reward":
         from trl import RewardConfig, RewardTrainer
 
@@ -274,16 +304,8 @@ def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int,
             processing_class=tokenizer,
         )
     if loop == "dpo":
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig
 
-        class Ready(DPOTrainer):
-            def _prepare_dataset(self, dataset, *args, **kwargs):
-                return dataset  # tokens already
-
-        rows = [
-            {"prompt_ids": a.prompt, "chosen_ids": a.response, "rejected_ids": b.response}
-            for a, b in zip(pairs.chosen, pairs.rejected, strict=True)
-        ]
         arguments = DPOConfig(
             **shared,
             beta=BETA,
@@ -291,7 +313,7 @@ def trainer_of(loop: str, given: Material, size: Size, updates: int, start: int,
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=4 * size.batch,
         )
-        return Ready(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return dpo_trainer(model, pairs, arguments, tokenizer)
     bos = tokenizer.bos_token or ""
     prompts = [bos + asked for asked in given.prompt_texts]
     rl = shared | {"per_device_train_batch_size": size.episodes, "learning_rate": 1e-5, "adam_epsilon": 1e-5}
@@ -340,7 +362,7 @@ def losses(side: str, loop: str, given: Material, size: Size) -> dict[str, float
     """Losses of the first batch, under both names alike."""
     from rlhf_vs_dpo.language.text import collate
 
-    pairs = head(given.pairs, 0, size.batch)
+    pairs = head(given.pairs, size.batch)
     policy, reference = moved(given.model), given.model
     given = given._replace(model=policy)
     if side == "trl":
@@ -394,7 +416,7 @@ def losses_of_trl(loop: str, given: Material, pairs: Pairs, reference: torch.nn.
     with tempfile.TemporaryDirectory() as folder:
         if loop == "dpo":
             return preference_losses_of_trl(given, pairs, reference, size, folder)
-        trainer = trainer_of(loop, given, size, 1, 0, folder)
+        trainer = trainer_of(loop, given, size, 1, folder)
         if loop == "rloo":
             from trl.trainer.utils import pad
 
@@ -442,18 +464,8 @@ def preference_losses_of_trl(
 ) -> dict[str, float]:
     """DPO's trainer under three of its losses, and CPO's under SimPO's."""
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
-    class Ready(DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset
-
-    rows = Dataset.from_list(
-        [
-            {"prompt_ids": a.prompt, "chosen_ids": a.response, "rejected_ids": b.response}
-            for a, b in zip(pairs.chosen, pairs.rejected, strict=True)
-        ]
-    )
     found = {}
     for name, kind, beta in (
         ("DPO", "sigmoid", BETA), ("LN-DPO", "sigmoid_norm", 2.0), ("IPO, of means over tokens", "ipo", BETA),
@@ -462,10 +474,7 @@ def preference_losses_of_trl(
             output_dir=folder, per_device_train_batch_size=size.batch, beta=beta, loss_type=[kind], max_length=None, bf16=False,
             gradient_checkpointing=False, use_cpu=True, report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        trainer = Ready(
-            copy.deepcopy(given.model), ref_model=copy.deepcopy(reference), args=arguments, train_dataset=rows,
-            processing_class=given.tokenizer,
-        )  # fmt: skip
+        trainer = dpo_trainer(copy.deepcopy(given.model), pairs, arguments, given.tokenizer, copy.deepcopy(reference))
         trainer.model.eval()
         with torch.no_grad():
             found[name] = float(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))))
@@ -504,14 +513,10 @@ def main() -> None:
     else:
         work = ours if side == "ours" else trl
         updates = size.iterations if loop in ("rloo", "ppo") else size.updates
-        work(loop, given, size, 2 if loop not in ("rloo", "ppo") else 1, 0)  # warm-up
-        begun = time.perf_counter()
-        units, tokens = work(loop, given, size, updates, 0)
-        seconds = time.perf_counter() - begun if side == "ours" else trl.seconds
-        flops = 6 * models.size(given.model) * tokens
-        found = {
-            "units": units, "tokens": tokens, "updates": updates, "seconds": seconds, "flops": flops, "rate": matrix_rate(),
-            "arithmetic": arithmetic.name(),
+        work(loop, given, size, 2 if loop not in ("rloo", "ppo") else 1)  # warm-up
+        done = work(loop, given, size, updates)
+        found = done._asdict() | {
+            "updates": updates, "flops": 6 * models.size(given.model) * done.tokens, "rate": matrix_rate(), "arithmetic": arithmetic.name(),
         }  # fmt: skip
     print(json.dumps(found), file=said)
 
