@@ -11,6 +11,9 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Compiled modules are kept, even where the environment forbids it (containers often do): without them each stage compiles
+# torch and transformers again, which takes longer than importing them.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: repro test test-slow test-real test-browser install ui profile check lint
 

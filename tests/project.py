@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
 
-from rlhf_vs_dpo.run import arithmetic, frame, recorder
+from rlhf_vs_dpo.run import arithmetic, cells, frame, recorder
 
 BIN = Path(sys.executable).parent
 ENV = {key: value for key, value in arithmetic.fixed_environment(dict(os.environ)).items() if not key.startswith("MLFLOW_")} | {
@@ -71,6 +71,12 @@ def change(folder: Path, path: str, value: Any) -> None:
     target[key] = value
     with open(folder / "params.yaml", "w") as file:
         yaml.dump(params, file)
+
+
+def planned() -> set[str]:
+    """Stages that `make repro` would bring up to date in this folder."""
+    waves, tail = cells.plan()
+    return {name for wave in waves for lane in wave for name in lane} | set(tail)
 
 
 def lock(folder: Path) -> dict[str, Any]:

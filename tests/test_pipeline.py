@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from project import ENV, by_hand, change, copy_project, fails, inside, lock, ran, run
+from project import ENV, by_hand, change, copy_project, fails, inside, lock, planned, ran, run
 from ruamel.yaml import YAML
 
 from rlhf_vs_dpo import config, tables
@@ -497,9 +497,9 @@ def test_a_changed_number_and_a_new_variant_make_their_cells_and_the_tail_stale_
     change(smoke, "policies.preference", ["dpo", "simpo", "dpo_online", "dpo_b05"])
     with inside(smoke, **ENV):
         assert cells.checked() == 0
-        stale = {name for wave in cells.waves() for name in wave}
+        stale = planned()
         (smoke / "params.yaml").write_text(before)
-        assert cells.checked() == 0 and not cells.waves()
+        assert cells.checked() == 0 and not planned()
     ours = {f"{stage}@{method}-0" for method in ("dpo", "dpo_b05") for stage in ("preference", "sample_preference")}
     assert stale == ours | set(TAIL)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from project import ENV, alive, change, copy_project, inside, lock, ran, run
+from project import ENV, alive, change, copy_project, inside, lock, planned, ran, run
 
 from rlhf_vs_dpo.run import cells
 
@@ -68,9 +68,9 @@ def test_a_second_seed_is_a_line_of_its_own(made):
     change(made, "seeds", [0, 1])
     with inside(made, **ENV):
         assert cells.checked() == 0
-        new = {name for wave in cells.waves() for name in wave}
+        new = planned()
         (made / "params.yaml").write_text(before)
-        assert cells.checked() == 0 and not cells.waves()
+        assert cells.checked() == 0 and not planned()
     line = {"sft@1", "preferences@1", "reward@1", "reference@1", "pool@1", "sample_sft@1"}
     line |= {f"{stage}@{method}-1" for stage in ("preference", "sample_preference") for method in ("dpo", "simpo")}
     assert new == line | {"judge", "evaluate", "report"}

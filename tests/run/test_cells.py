@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from project import ENV, alive, lock, run
+from project import ENV, alive, inside, lock, run
 
 from rlhf_vs_dpo.errors import ParamsError
 from rlhf_vs_dpo.run import cells
@@ -84,6 +84,32 @@ def test_the_graph_in_waves_two_at_once_with_a_log_each(tmp_path):
     (folder / "d.out").unlink()
     output = all_of(folder)[1]
     assert "c brought back from the cache" in output and "a starts" not in output
+
+
+def test_one_stage_after_another_is_a_lane_and_what_stands_alone_runs_beside_it(tmp_path):
+    folder = toy(tmp_path / "toy")
+    graph = json.loads((folder / "dvc.yaml").read_text())["stages"]
+    add = {"before": [], "alone": [], "middle": ["end"], "last": ["middle"]}
+    for name, deps in add.items():
+        graph[name] = graph["a"] | {
+            "deps": [f"{dep}.out" for dep in deps],
+            "outs": [f"{name}.out"],
+            "cmd": f"touch {name}.out",
+        }
+    graph["start"]["deps"].append("before.out")
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": graph}))
+    with inside(folder):
+        waves, tail = cells.plan()
+        assert waves == [[["before", "start"], ["alone"]], [["a"], ["b"], ["c"], ["d"]]]
+        assert tail == ["end", "middle", "last"]
+    status, output = all_of(folder)
+    assert status == 0 and "7 cells, 2 at once" in output, output
+    with inside(folder):
+        assert cells.plan() == ([], [])
+        (folder / "alone.out").unlink()
+        assert cells.plan() == ([], ["alone"])  # a single stage runs before one's eyes
+        (folder / "last.out").unlink()
+        assert cells.plan() == ([[["alone"], ["last"]]], [])
 
 
 def test_a_failure_starts_nothing_new_finishes_what_runs_and_is_shown_last(tmp_path):

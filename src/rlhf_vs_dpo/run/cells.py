@@ -1,14 +1,15 @@
 """`make repro`: the whole graph, with cells that do not depend on each other side by side.
 
 DVC says what depends on what and what has changed; its locks let several `dvc repro` work in one folder; `xargs -P` starts
-them. Stages are taken in waves: all whose dependencies are done. A line says when a cell starts and ends; what it prints goes
-to logs/<cell>.log. After a failure nothing new starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same
+them. Stages are taken in waves: all whose dependencies are done. Where a wave after another has one stage, they are one lane, and what
+depends on nothing runs beside it. A line says when a cell starts and ends; what it prints goes to logs/<cell>.log. After a failure nothing new starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same
 work one stage after another, and gives the same bytes.
 
     JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs
     CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, unless RLHF_PROCESSES says otherwise
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -35,42 +36,41 @@ def main() -> int:
     jobs, devices = how_many(), gpus()
     if status := checked():
         return status
-    waiting = waves()  # before anything is removed: it refuses where another run is at work
+    waiting, tail = plan()  # before anything is removed: it refuses where another run is at work
     FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FIRST_FAILURE.unlink(missing_ok=True)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir()
-    if not waiting:
+    if not waiting and not tail:
         print("Everything is up to date.")
         return 0
     with recorder.shared(LOGS / "mlflow.log"):
-        return run(waiting, jobs, devices)
+        return run(waiting, tail, jobs, devices)
 
 
-def run(waiting: list[list[str]], jobs: int, devices: list[str]) -> int:
-    """Run stages, wave after wave; returns the exit status of the first that failed, or 0."""
-    rest: list[str] = []
-    while waiting and len(waiting[-1]) == 1:  # the tail: one stage after another, before one's eyes
-        rest = waiting.pop() + rest
-    total, done = sum(map(len, waiting)), 0
+def run(waiting: list[list[list[str]]], tail: list[str], jobs: int, devices: list[str]) -> int:
+    """Run stages, wave after wave, then the tail; returns the exit status of the first that failed, or 0."""
+    total, done = sum(len(lane) for wave in waiting for lane in wave), 0
     if total:
         print(f"{total} cells, {jobs} at once; what each prints goes to {LOGS}/", flush=True)
     for wave in waiting:
-        status = side_by_side([f"{done + i}/{total} {cell}" for i, cell in enumerate(wave, 1)], jobs, devices)
-        if status:
+        numbered = []
+        for lane in wave:
+            numbered.append(" ".join(f"{done + i}/{total} {cell}" for i, cell in enumerate(lane, 1)))
+            done += len(lane)
+        if status := side_by_side(numbered, jobs, devices):
             return status
-        done += len(wave)
-    if not rest:
+    if not tail:
         return 0
-    tail = ["dvc", "--wait-for-lock", "repro", "--single-item", *rest]
-    return subprocess.run(tail, check=False, preexec_fn=end_with_parent).returncode
+    rest = ["dvc", "--wait-for-lock", "repro", "--single-item", *tail]
+    return subprocess.run(rest, check=False, preexec_fn=end_with_parent).returncode
 
 
-def side_by_side(cells: list[str], jobs: int, devices: list[str]) -> int:
-    """Run cells (`3/40 rl@ppo-0`), `jobs` at once; returns 0, or the exit status of the first that failed, having shown it."""
+def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
+    """Run lanes of cells (`3/40 rl@ppo-0`), `jobs` at once; returns 0, or the exit status of the first that failed, having shown it."""
     command = ["xargs", "-P", str(jobs), "-I", "{}"]
     environment = dict(os.environ)
-    if len(devices) > 1 and len(cells) > 1 and "RLHF_PROCESSES" not in os.environ:
+    if len(devices) > 1 and len(lanes) > 1 and "RLHF_PROCESSES" not in os.environ:
         command.append("--process-slot-var=RLHF_SLOT")  # which of the `jobs` a cell is: 0, 1, ...
         environment["RLHF_GPUS"] = ",".join(devices)
     interrupted = []
@@ -81,7 +81,7 @@ def side_by_side(cells: list[str], jobs: int, devices: list[str]) -> int:
             [*command, sys.executable, "-m", "rlhf_vs_dpo.run.cells", "{}"],
             stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_deaf_and_tied,
         )  # fmt: skip
-        _, complaint = running.communicate("\n".join(cells) + "\n")
+        _, complaint = running.communicate("\n".join(lanes) + "\n")
     finally:
         signal.signal(signal.SIGINT, before)
     if interrupted:
@@ -102,12 +102,17 @@ def side_by_side(cells: list[str], jobs: int, devices: list[str]) -> int:
     return failure["status"]
 
 
-def one(cell: str) -> int:
-    """Run one cell, its output into its log; called by xargs with `3/40 rl@ppo-0`."""
+def lane(cells: str) -> int:
+    """Run cells one after another; called by xargs with `1/40 data 2/40 base`."""
     end_with_parent()
+    words = cells.split()
+    return next((1 for number, name in zip(words[::2], words[1::2], strict=True) if one(number, name)), 0)
+
+
+def one(number: str, name: str) -> int:
+    """Run one cell, its output into its log."""
     if FIRST_FAILURE.exists():  # nothing new is started
         return 1
-    number, name = cell.split()
     environment = dict(os.environ)
     if "RLHF_GPUS" in environment and "RLHF_SLOT" in environment:
         of = environment["RLHF_GPUS"].split(",")
@@ -149,8 +154,11 @@ def checked() -> int:
     return subprocess.run(check, check=False, preexec_fn=end_with_parent).returncode
 
 
-def waves() -> list[list[str]]:
-    """Names of the stages that are not up to date, and of all that follow from them, in waves that can run side by side."""
+def plan() -> tuple[list[list[list[str]]], list[str]]:
+    """Names of the stages that are not up to date, and of all that follow from them: waves of lanes that can run side by side, and a tail.
+
+    A lane is stages one after another; the tail is one that runs last and before one's eyes.
+    """
     import networkx
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -165,16 +173,24 @@ def waves() -> list[list[str]]:
         stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)}
         order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
         waiting = graph.subgraph(stale)
-        generations = [set(wave) for wave in networkx.topological_generations(waiting.reverse())]
-        # What stands alone (`theory`) would keep a narrow wave waiting; the widest one starts with it, and hardly notices it.
-        alone = {stage for stage in stale if not waiting.degree(stage)}
-        if connected := [wave - alone for wave in generations if wave - alone]:
-            max(connected, key=len).update(alone)
-
-        def place(stage) -> tuple[bool, int]:
-            return stage not in alone, order[stage]
-
-        return [[s.addressing for s in sorted(wave, key=place)] for wave in connected or generations]
+        alone = sorted((stage for stage in stale if not waiting.degree(stage)), key=order.get)
+        waves = [
+            [stage.addressing for stage in sorted(wave, key=order.get)]
+            for wave in networkx.topological_generations(waiting.subgraph(stale - set(alone)).reverse())
+        ]
+        tail: list[str] = []
+        while waves and len(waves[-1]) == 1:
+            tail = waves.pop() + tail
+        trunk = [cell for wave in itertools.takewhile(lambda wave: len(wave) == 1, waves) for cell in wave]
+        lanes = [[[cell] for cell in wave] for wave in waves[len(trunk) :]]
+        if trunk:
+            lanes.insert(0, [trunk])
+        if alone:
+            lanes = lanes or [[]]
+            lanes[0] += [[stage.addressing] for stage in alone]
+        if sum(map(len, lanes)) == 1:
+            tail = lanes.pop()[0] + tail
+        return lanes, tail
 
 
 def how_many() -> int:
@@ -253,7 +269,7 @@ def _duration(seconds: float) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(one(sys.argv[1]) if len(sys.argv) > 1 else main())
+        sys.exit(lane(sys.argv[1]) if len(sys.argv) > 1 else main())
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # while it looks at the graph, or in the tail
