@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # torch and transformers again, which takes longer than importing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: repro test test-slow test-real test-browser install ui profile check lint
+.PHONY: repro tune test test-slow test-real test-browser install ui profile check lint
 
 repro: install
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
@@ -31,6 +31,10 @@ repro: install
 	@echo "  report/index.html                the report: figures, texts side by side, cost, where every number comes from"
 	@echo "  make ui                          all runs in MLflow"
 	@echo "  source $(VENV)/bin/activate      then change a number in params.yaml and type: dvc repro"
+
+# Every method at as many settings, on a line of its own: hours (params.yaml, `tuning`). Killed, it goes on with the next trial.
+tune: install
+	@python -m rlhf_vs_dpo.run.cells tuning/dvc.yaml
 
 # Files of tests side by side, as many as there are cores, the longest first (tests/conftest.py).
 test: $(VENV)/.tested

@@ -22,6 +22,7 @@ def main(
 ) -> None:
     """Write `pool`, part by part: what does not fit into memory need not."""
     with frame.stage(f"pool@{seed}", [sft, reward, prompts], run_file, seed=str(seed)) as run:
+        import numpy as np
         import pandas as pd
 
         from rlhf_vs_dpo import tables
@@ -35,13 +36,16 @@ def main(
         preferences = run.section("preferences")
         train = tables.read_table(prompts, "prompts", "train").head(settings.train_prompts)
         validation = tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)
-        test = tables.read_table(prompts, "prompts", "test").head(settings.test_prompts)
-        deep = [number < settings.deep_prompts for number in range(len(test))]
+        asked = tables.read_table(prompts, "prompts")
+        test = asked[asked["split"] == "test"].head(
+            settings.test_prompts
+        )  # none, where they are to be kept out of sight
+        deep = np.arange(len(test)) < settings.deep_prompts
         rows = pd.concat(
             [
                 train.assign(samples=settings.train_samples),
                 validation.assign(samples=settings.validation_samples),
-                test.assign(samples=[settings.deep_samples if d else settings.test_samples for d in deep]),
+                test.assign(samples=np.where(deep, settings.deep_samples, settings.test_samples)),
             ],
             ignore_index=True,
         )
@@ -92,6 +96,7 @@ def main(
             {
                 split: {"responses": count, "tokens": tokens, "tokens_read": read[split], "finished": ended / count}
                 for split, (count, tokens, ended) in totals.items()
+                if count
             },
             metrics,
         )

@@ -35,7 +35,9 @@ def copy_project(to: Path, profile: str) -> Path:
         shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(*ignored))
     else:
         for name in filter(None, names):
-            if (ROOT / name).exists() and not name.startswith(("metrics/", "plots/", "report/", "theory/", "dvc.lock")):
+            if (ROOT / name).exists() and not name.startswith(
+                ("metrics/", "plots/", "report/", "theory/", "dvc.lock", "tuning/dvc.lock")
+            ):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, to / name)
     shutil.copy2(to / "profiles" / "default.yaml", to / "params.yaml")
@@ -118,6 +120,9 @@ class Inline:
         self.writer.client.set_terminated(self.writer.run_id, status)
         return self.writer.run_id
 
+    def begun(self) -> str | None:
+        return self.writer.run_id
+
 
 @contextmanager
 def inside(folder: Path, **env: str | None):
@@ -155,17 +160,18 @@ def by_hand(folder: Path, stage: str, *options: str, **env: str) -> int:
         return command([f"stages/{stage}.py", *options])
 
 
-def reproduce(folder: Path, only: re.Pattern[str] | None = None) -> None:
-    """Every stage of the project in one process, in an order that DVC would run them in; `dvc commit` locks each.
+def reproduce(folder: Path, only: re.Pattern[str] | None = None, file: str = "dvc.yaml") -> None:
+    """Every stage of a file in one process, in an order that DVC would run them in; `dvc commit` locks each.
 
     only    stages to run; they are then not locked
     """
     import networkx
     from dvc.repo import Repo
 
-    with Repo(str(folder)) as repo:
+    with inside(folder), Repo() as repo:
         graph = repo.index.graph
-        stages = [(stage.name, stage.cmd) for stage in networkx.topological_sort(graph.reverse())]
+        ordered = networkx.topological_sort(graph.reverse())
+        stages = [(stage.addressing, stage.cmd) for stage in ordered if stage.path_in_repo == file]
     for name, words in stages:
         if only is None or only.fullmatch(name):
             with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):

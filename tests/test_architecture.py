@@ -28,6 +28,7 @@ RANKS = {
     "sources": 4, "preferences": 4,
     "training": 5, "evaluation": 5,
     "theory": 6, "report": 6,
+    "study": 7,
 }  # fmt: skip
 
 
@@ -88,17 +89,23 @@ def dvc_yaml() -> dict:
     return YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
+def all_stages() -> dict:
+    """Those of the study, too, as `study <name>`."""
+    study = YAML(typ="safe").load((ROOT / "tuning" / "dvc.yaml").read_text())["stages"]
+    return dvc_yaml() | {f"study {name}": stage.get("do", stage) for name, stage in study.items()}
+
+
 def script_of(stage: dict) -> Path:
     return ROOT / re.search(r"stages/\w+\.py", stage["cmd"]).group()
 
 
-@pytest.mark.parametrize("name", dvc_yaml())
+@pytest.mark.parametrize("name", all_stages())
 def test_deps_are_what_a_stage_imports(name):
-    stage = dvc_yaml()[name]
+    stage = all_stages()[name]
     script = script_of(stage)
-    needed = {str(path.relative_to(ROOT)) for path in closure(script)} - WITHOUT_NUMBERS | {
-        str(script.relative_to(ROOT))
-    }
+    scripts = {script, *(ROOT / dep for dep in stage["deps"] if dep.startswith("stages/"))}  # `tune` calls other stages
+    needed = {str(path.relative_to(ROOT)) for of in scripts for path in closure(of)} - WITHOUT_NUMBERS
+    needed |= {str(path.relative_to(ROOT)) for path in scripts}
     listed = {dep for dep in stage["deps"] if dep.endswith(".py") or dep.startswith("src/")}
     folders = {dep for dep in listed if not dep.endswith(".py")}
     assert all(any(path.startswith(f + "/") for path in needed) for f in folders)
@@ -149,9 +156,9 @@ def test_everything_depends_on_the_check_of_params():
         assert networkx.ancestors(graph, check) == set(graph) - {check}
 
 
-@pytest.mark.parametrize("name", dvc_yaml())
+@pytest.mark.parametrize("name", all_stages())
 def test_commands_hold_paths_and_no_hyper_parameters(name):
-    stage = dvc_yaml()[name]
+    stage = all_stages()[name]
     assert stage["desc"]
     words = stage["cmd"].replace("PYTHONPATH=src exec python ", "").split()[1:]
     for option, value in zip(words[::2], words[1::2], strict=True):
@@ -164,8 +171,8 @@ def test_commands_hold_paths_and_no_hyper_parameters(name):
 
 
 def test_every_stage_is_a_command_and_reads_its_params_from_dvc():
-    assert {script_of(stage) for stage in dvc_yaml().values()} == set(STAGES)
-    for stage in dvc_yaml().values():
+    assert {script_of(stage) for stage in all_stages().values()} == set(STAGES)
+    for stage in all_stages().values():
         names = [
             param.split(".")[0] for param in stage.get("params", []) if isinstance(param, str)
         ]  # `check` has the whole file

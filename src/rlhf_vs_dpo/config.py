@@ -466,6 +466,29 @@ class Report(Section):
     examples: Count
 
 
+Range = Annotated[list[NonNegative], Field(min_length=2, max_length=2)]
+
+
+class Tuning(Section):
+    """The study: as many trials for every method, from a space of at most three numbers each.
+
+    `spaces` maps a method to the ends between which keys of its own are drawn: evenly on a logarithmic scale, or evenly where the lower is 0.
+    """
+
+    trials: Count
+    seed: Annotated[int, Field(ge=0)]
+    criterion: Literal["preferred", "gold", "utility", "objective", "reward"]
+    spaces: dict[Name, Annotated[dict[str, Range], Field(min_length=1, max_length=3)]]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Tuning":
+        for method, space in self.spaces.items():
+            for key, (low, high) in space.items():
+                if low >= high:
+                    raise ValueError(f"spaces.{method}.{key} is [{low}, {high}]; the lower end comes first")
+        return self
+
+
 class Policies(Section):
     """Rows of the comparison: entries of the families, and n of best-of-n without training."""
 
@@ -495,6 +518,7 @@ SECTIONS: dict[str, Any] = {
     "judging": Judging,
     "evaluate": Evaluate,
     "report": Report,
+    "tuning": Tuning,
 }
 # Sections that hold `defaults` and one entry per method -> the key of an entry that says which kind of method it is.
 FAMILIES = {"rl": "algorithm", "preference": "loss", "imitation": "recipe"}
@@ -670,9 +694,38 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
                 f"{place}: `preference.{method}.rounds` above 1 needs `preferences.source: annotator`, to choose between new samples; "
                 f"without one, take `{method}` off `policies.preference`"
             )
+    tuning = section(params, "tuning")
+    if tuning.seed in section(params, "seeds"):
+        faults.append(
+            f"{place}: `tuning.seed` ({tuning.seed}) is one of `seeds`; the study needs a line that no result uses"
+        )
+    for method, space in tuning.spaces.items():
+        if method not in known - {"sft"}:
+            faults.append(f"{place}: `tuning.spaces` names {method!r}, which is no method of params.yaml")
+            continue
+        for end in (0, 1):
+            try:
+                section(
+                    with_settings(params, method, {key: ends[end] for key, ends in space.items()}),
+                    family_of(params, method),
+                    method,
+                )
+            except ParamsError as error:
+                faults.append(f"{place}: `tuning.spaces.{method}`: {str(error).partition(': ')[2]}")
     if section(params, "report").examples > section(params, "sample").prompts:
         faults.append(f"{place}: `report.examples` is more than `sample.prompts`")
     return faults
+
+
+def family_of(params: dict[str, Any], method: str) -> str:
+    """The family whose section of params.yaml has an entry for `method`."""
+    return next(family for family in FAMILIES if method in params[family])
+
+
+def with_settings(params: dict[str, Any], method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """params.yaml with other numbers for one method."""
+    family = family_of(params, method)
+    return params | {family: params[family] | {method: params[family][method] | settings}}
 
 
 def folders(policies: Policies, seeds: list[int]) -> dict[str, list[str]]:

@@ -170,6 +170,30 @@ CONTRACTS: dict[str, pa.DataFrameSchema] = {
         }
     ),
     "facts": pa.DataFrameSchema({"fact_id": _text(**ID), "prompt": _text(), "answer": _text()}),
+    "trials": pa.DataFrameSchema(  # of `make tune`; metrics are null where the run diverged
+        {
+            "method": _text(),
+            "trial": _number(int, check=POSITIVE),
+            "settings": _text(),  # JSON
+            "outcome": pa.Column(str, checks=pa.Check.isin(["finished", "collapsed", "diverged"])),
+            "said": pa.Column(str),  # of a run that diverged
+            **{
+                name: _number(nullable=True)
+                for name in (
+                    "preferred",
+                    "utility",
+                    "objective",
+                    "gold",
+                    "reward",
+                    "kl",
+                    "tokens",
+                    "finished",
+                    "seconds",
+                    "flops",
+                )
+            },
+        }
+    ),
     "retention": pa.DataFrameSchema(
         {
             "kind": pa.Column(str, checks=pa.Check.isin(["corpus", "fact"])),
@@ -268,6 +292,21 @@ def read_table(path: Path, contract: str, split: str | None = None) -> pd.DataFr
         if not len(frame):
             raise DataError(f"{path}: no row has split {split!r}; give the source rows for it in params.yaml (`data`)")
     return frame
+
+
+def read_csv(path: Path, contract: str) -> pd.DataFrame:
+    """Read a table that is kept as CSV, to be seen in git. Raises DataError if it is missing or breaks its contract."""
+    path, schema = Path(path), CONTRACTS[contract]
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; `make tune` makes it")
+    numbers = [name for name, column in schema.columns.items() if str(column.dtype) in ("float64", "int64")]
+    try:
+        frame = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in numbers})
+        kinds = {name: str(schema.columns[name].dtype) for name in numbers if name in frame}
+        frame = frame.astype(kinds).astype({name: str for name in frame if name not in numbers})
+    except (ValueError, pd.errors.ParserError) as error:
+        raise DataError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from error
+    return validate(frame, contract, str(path))
 
 
 def empty(contract: str) -> pd.DataFrame:

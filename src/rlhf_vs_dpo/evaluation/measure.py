@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from rlhf_vs_dpo.config import Collapse
 from rlhf_vs_dpo.evaluation import length
 from rlhf_vs_dpo.evaluation.diversity import distinct, self_similarity
 from rlhf_vs_dpo.evaluation.statistics import NOTHING, Estimate, Resamples, same, win_share
@@ -94,6 +95,11 @@ class Measured(NamedTuple):
 def judged_by(samples: pd.DataFrame) -> str:
     """The column that decides wins: gold where the source has it, else the RM reward."""
     return "gold" if samples["gold"].notna().any() else "reward"
+
+
+def collapsed(finished: float, reward: float, start: float, settings: Collapse) -> bool:
+    """Whether a run has collapsed: too few of its responses end, or its mean reward gained too little on the SFT policy's."""
+    return bool(finished < settings.finished_below or reward - start < settings.gain_below)
 
 
 def policy(

@@ -260,8 +260,7 @@ def _spread(row: Row, sft: Row, judge: str, axes: list[str], settings: Evaluate)
     """How the lines of a method differ on each axis, and in which of them it collapsed, measured against the SFT policy of the line."""
     runs, starts = list(_runs(row).values()), list(_runs(sft).values())
     collapsed = [
-        run["finished"] < settings.collapse.finished_below
-        or run.get(judge, -np.inf) - start.get(judge, np.inf) < settings.collapse.gain_below
+        measure.collapsed(run["finished"], run.get(judge, -np.inf), start.get(judge, np.inf), settings.collapse)
         for run, start in zip(runs, starts, strict=True)
     ]
     spread = {}

@@ -29,14 +29,14 @@ FIRST_FAILURE = Path(".dvc/tmp/rlhf-first-failure.json")
 SHOWN = 30  # lines of a failed cell's log
 
 
-def main() -> int:
-    """Bring everything up to date; returns the exit status of the first cell that failed, or 0."""
+def main(file: str = "dvc.yaml") -> int:
+    """Bring all stages of a file up to date, and what they need; returns the exit status of the first cell that failed, or 0."""
     end_with_parent()
     repair()
     jobs, devices = how_many(), gpus()
     if status := checked():
         return status
-    waiting, tail = plan()  # before anything is removed: it refuses where another run is at work
+    waiting, tail = plan(file)  # before anything is removed: it refuses where another run is at work
     FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FIRST_FAILURE.unlink(missing_ok=True)
     shutil.rmtree(LOGS, ignore_errors=True)
@@ -93,7 +93,7 @@ def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
         print(f"{complaint}\nerror: the cells were killed; `make repro` goes on from here", file=sys.stderr)
         return 1
     failure = json.loads(FIRST_FAILURE.read_text())
-    log = LOGS / f"{failure['cell']}.log"
+    log = _log(failure["cell"])
     tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-SHOWN:]
     print(
         f"\n{failure['cell']} failed. The end of {log}:\n", *(f"  {line}" for line in tail), sep="\n", file=sys.stderr
@@ -117,7 +117,7 @@ def one(number: str, name: str) -> int:
     if "RLHF_GPUS" in environment and "RLHF_SLOT" in environment:
         of = environment["RLHF_GPUS"].split(",")
         environment["CUDA_VISIBLE_DEVICES"] = of[int(environment["RLHF_SLOT"]) % len(of)]
-    log, started = LOGS / f"{name}.log", time.monotonic()
+    log, started = _log(name), time.monotonic()
     interrupted: list[bool] = []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # Ctrl-C ends DVC; this waits for it, and says so
     _say(f"{number:>7}  {name} starts")
@@ -144,6 +144,11 @@ def one(number: str, name: str) -> int:
     return 1
 
 
+def _log(name: str) -> Path:
+    """Where a cell's output goes; `tuning/dvc.yaml:tune@ppo` is named by its last part."""
+    return LOGS / f"{name.rpartition(':')[2]}.log"
+
+
 def checked() -> int:
     """Run the stage `check`, if there is one and params.yaml has changed: all that depends on it would look out of date otherwise."""
     from ruamel.yaml import YAML
@@ -154,10 +159,10 @@ def checked() -> int:
     return subprocess.run(check, check=False, preexec_fn=end_with_parent).returncode
 
 
-def plan() -> tuple[list[list[list[str]]], list[str]]:
+def plan(file: str = "dvc.yaml") -> tuple[list[list[list[str]]], list[str]]:
     """Names of the stages that are not up to date, and of all that follow from them: waves of lanes that can run side by side, and a tail.
 
-    A lane is stages one after another; the tail is one that runs last and before one's eyes.
+    Those of `file`, and what they need. A lane is stages one after another; the tail is one that runs last and before one's eyes.
     """
     import networkx
     from dvc.lock import LockError
@@ -169,8 +174,10 @@ def plan() -> tuple[list[list[list[str]]], list[str]]:
             changed = set(repo.status())
         except LockError as error:
             raise UserError(f"DVC works in this folder already; wait for it, or end it\n{error}") from None
-        stale = {stage for stage in graph if stage.addressing in changed}
-        stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)}
+        asked = {stage for stage in graph if stage.path_in_repo == file}
+        asked |= {below for stage in asked for below in networkx.descendants(graph, stage)}
+        stale = {stage for stage in asked if stage.addressing in changed}
+        stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)} & asked
         order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
         waiting = graph.subgraph(stale)
         alone = sorted((stage for stage in stale if not waiting.degree(stage)), key=order.get)
@@ -269,7 +276,13 @@ def _duration(seconds: float) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(lane(sys.argv[1]) if len(sys.argv) > 1 else main())
+        match sys.argv[1:]:
+            case [file] if file.endswith(".yaml"):
+                sys.exit(main(file))
+            case [cells]:
+                sys.exit(lane(cells))
+            case _:
+                sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # while it looks at the graph, or in the tail

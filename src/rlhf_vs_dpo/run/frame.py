@@ -7,15 +7,41 @@ happen there, and a stage that is killed leaves a run that says so. Nothing here
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_vs_dpo.errors import UserError
 from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
 from rlhf_vs_dpo.run.launch import is_main
 from rlhf_vs_dpo.run.recorder import Recorder, flat
+
+
+class Trial(NamedTuple):
+    """A stage run inside another: with `params` in the place of params.yaml, as `stage` (`rl@ppo-0`), under `tags` of its own.
+
+    `measure` is called when its outputs are written; the numbers it returns go onto the run, too.
+    """
+
+    params: dict[str, Any]
+    stage: str
+    tags: dict[str, str]
+    measure: Callable[[], dict[str, float]]
+
+
+_TRIAL: ContextVar[Trial | None] = ContextVar("trial", default=None)
+
+
+@contextmanager
+def trial(given: Trial) -> Iterator[None]:
+    """What a stage that is called meanwhile is told. Its UserErrors are raised, for whoever called it."""
+    token = _TRIAL.set(given)
+    try:
+        yield
+    finally:
+        _TRIAL.reset(token)
 
 
 class Run:
@@ -47,6 +73,10 @@ class Run:
         `stage` is given those that are always read; this is for what only some settings open.
         """
         self._tell(reads=[str(path) for path in paths], of_dvc="DVC_STAGE" in os.environ)
+
+    def run_id(self) -> str | None:
+        """The id of this run on MLflow; None where it is no run."""
+        return None if self.recorder is None else self.recorder.begun()
 
     def warn(self, name: str, message: str) -> None:
         """A named warning: in the log, and as the tag `warning.<name>` of the run."""
@@ -95,18 +125,24 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
 
     started = time.monotonic()
     recorder = None
+    given = _TRIAL.get()
     try:
-        whole = config.read_params()
+        whole = config.read_params() if given is None else given.params
         config.check(whole)
-        params = pipeline.tracked(whole, os.environ.get("DVC_STAGE"), **tags)
+        asked = os.environ.get("DVC_STAGE") if given is None else given.stage
+        params = pipeline.tracked(whole, asked, **tags)
+        if given is not None:
+            tags |= given.tags
         if is_main():
             if arithmetic.native():
                 print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
             recorder = Recorder()
-            recorder.tell(create=os.environ.get("DVC_STAGE", name), tags=tags | _circumstances(), params=params)
+            recorder.tell(create=asked or name, tags=tags | _circumstances(), params=params)
         run = Run(params, recorder)
         run.reads(*inputs)
         yield run
+        if given is not None:
+            run.log({f"trial/{name}": value for name, value in given.measure().items()}, 0)
         if recorder is not None:
             seconds = time.monotonic() - started
             spent = {"seconds": round(seconds, 1), "peak_memory_mib": round(_peak_memory(), 1), **run.cost}
@@ -121,7 +157,7 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
     except BaseException as error:
         if recorder is not None:
             recorder.end("FAILED")
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and given is None:
             print(f"\nerror: {error}\n", file=sys.stderr)
             raise SystemExit(1) from None
         raise

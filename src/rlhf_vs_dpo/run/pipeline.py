@@ -21,15 +21,18 @@ def root() -> Path:
 def tracked(whole: dict[str, Any], stage: str | None, **item: str) -> dict[str, Any]:
     """The part of params.yaml that DVC tracks for a stage, and no other: what is read is what invalidates.
 
-    stage     as DVC addresses it, `rl@ppo-0`; None outside DVC (a stage started by hand), where all of it is returned
-    item      what dvc.yaml calls `${item.…}`: method and seed of a cell
+    stage     as DVC addresses it, `rl@ppo-0`, `tuning/dvc.yaml:tune@ppo`; None outside DVC (a stage started by hand), where all of it is returned
+    item      what dvc.yaml calls `${item.…}`: method and seed of a cell; `${key}` of a `foreach` is in the stage's name
     """
     if stage is None:
         return whole
     part: dict[str, Any] = {}
-    entry = _yaml(Path("dvc.yaml"))["stages"][stage.partition("@")[0]]
+    file, _, name = stage.rpartition(":")
+    item["key"] = name.partition("@")[2]
+    entry = _yaml(Path(file or "dvc.yaml"))["stages"][name.partition("@")[0]]
+    entry = entry.get("do", entry)  # what `foreach` repeats
     for key in entry.get("params", []):
-        *parents, last = re.sub(r"\$\{item\.(\w+)\}", lambda found: item[found[1]], key).split(".")
+        *parents, last = re.sub(r"\$\{(?:item\.)?(\w+)\}", lambda found: item[found[1]], key).split(".")
         source, target = whole, part
         try:
             for parent in parents:
@@ -42,9 +45,13 @@ def tracked(whole: dict[str, Any], stage: str | None, **item: str) -> dict[str, 
 
 def locked() -> dict[str, str]:
     """md5 of every output that dvc.lock knows, by path."""
-    lock = Path("dvc.lock")
-    stages = (_yaml(lock) or {}).get("stages", {}) if lock.exists() else {}
-    return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+    stages = [
+        stage
+        for lock in (Path("dvc.lock"), Path("tuning/dvc.lock"))
+        if lock.exists()
+        for stage in (_yaml(lock) or {}).get("stages", {}).values()
+    ]
+    return {out["path"]: out.get("md5", "") for stage in stages for out in stage.get("outs", [])}
 
 
 def read_run(path: Path) -> dict[str, Any]:

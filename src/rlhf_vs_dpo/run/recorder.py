@@ -40,7 +40,7 @@ class Recorder:
         self.said, self.answers, self.process = _line()
         self.run_id: str | None = None
         self.failure: str | None = None
-        self.ended = threading.Event()
+        self.answered, self.ended = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -52,7 +52,14 @@ class Recorder:
                 continue
             self.run_id = answer.get("run_id", self.run_id)
             self.failure = answer.get("error", self.failure)
+            self.answered.set()
+        self.answered.set()
         self.ended.set()
+
+    def begun(self) -> str | None:
+        """Wait until the run has an id, and return it."""
+        self.answered.wait()
+        return self.run_id
 
     def tell(self, **message: Any) -> None:
         """Send a message. Raises DataError where the store has turned out to be unusable."""
@@ -175,7 +182,8 @@ class Writer:
         from rlhf_vs_dpo.run import store
 
         # First of all: it makes the store where there is none, one process at a time.
-        place = store.experiment(store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES)
+        row = store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES
+        place = store.experiment(store.STUDY if "study" in tags or name.startswith("tuning/") else row)
         self.store, self.client = store, store.client()
         made = self.client.create_run(place, run_name=tags.get("policy", name), tags=tags_of(name, tags))
         self.run_id = made.info.run_id

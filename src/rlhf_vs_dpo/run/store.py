@@ -18,6 +18,7 @@ from rlhf_vs_dpo.run.pipeline import root
 
 EXPERIMENT = "rlhf-vs-dpo"  # a row per policy
 STAGES = "rlhf-vs-dpo stages"  # everything else that ran
+STUDY = "rlhf-vs-dpo study"  # what `make tune` runs: trials, each under the search that it is part of
 UI = "http://127.0.0.1:5000"  # of `make ui`
 VIEW = "comparison"  # the view of the runs that `make ui` opens
 BATCH = 1000  # metrics that MLflow takes at once
