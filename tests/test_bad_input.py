@@ -1,0 +1,183 @@
+"""Bad input by property: whatever is broken in params.yaml or in a table, one short error names the file and the place.
+
+`RLHF_CASES=500 pytest tests/test_bad_input.py` tries more of them.
+"""
+
+import copy
+import io
+import os
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from project import command, inside
+from ruamel.yaml import YAML
+
+from rlhf_vs_dpo import config, tables
+from rlhf_vs_dpo.errors import DataError, UserError
+
+ROOT = Path(__file__).parents[1]
+CASES = settings(
+    max_examples=int(os.environ.get("RLHF_CASES", "100")), deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+PARAMS = config.read_params(ROOT / "params.yaml")
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1.5,
+    -0.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1e-5",
+    [],
+    [0],
+    ["x"],
+    {},
+    {"x": 1},
+]
+
+
+def leaves(values, path=()):
+    """Paths of everything in params.yaml that holds no map."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+LEAVES = list(leaves(PARAMS))
+
+
+def checked(folder: Path, text: str) -> tuple[int, str]:
+    """Exit status and words of the stage `check` on this params.yaml."""
+    (folder / "params.yaml").write_text(text)
+    said = io.StringIO()
+    with inside(folder), redirect_stderr(said):
+        return command([str(ROOT / "stages" / "check.py"), "--out", "checked.txt"]), said.getvalue()
+
+
+@CASES
+@given(
+    path=st.sampled_from(LEAVES),
+    how=st.sampled_from(["replace", "remove", "misspell", "twice"]),
+    value=st.sampled_from(ODD),
+)
+def test_a_params_yaml_with_any_leaf_broken_is_refused_in_few_words_or_is_right(tmp_path, path, how, value):
+    params = copy.deepcopy(PARAMS)
+    *parents, key = path
+    place = params
+    for parent in parents:
+        place = place[parent]
+    match how:
+        case "replace":
+            place[key] = value
+        case "remove":
+            del place[key]
+        case "misspell":
+            place[f"{key}x"] = place.pop(key)
+    text = io.StringIO()
+    YAML().dump(params, text)
+    written = text.getvalue()
+    if how == "twice":
+        lines = written.splitlines(keepends=True)
+        number = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:"))
+        written = "".join([*lines[: number + 1], lines[number], *lines[number + 1 :]])
+    out = tmp_path / "checked.txt"
+    out.unlink(missing_ok=True)
+    status, said = checked(tmp_path, written)
+    if status == 0:
+        assert how in ("replace", "remove", "misspell") and out.exists()
+        config.check(config.read_params(tmp_path / "params.yaml"))
+        return
+    assert not out.exists() and "Traceback" not in said, said
+    assert "params.yaml" in said and len(said.strip().splitlines()) < 20, said
+    if how != "twice":
+        assert (
+            str(key) in said or ".".join(map(str, parents)) in said or str(parents[-1] if parents else key) in said
+        ), said
+
+
+@pytest.fixture(scope="module")
+def good() -> dict[str, pd.DataFrame]:
+    """A right table of each contract, of a few rows."""
+    return {name: made_up(schema) for name, schema in tables.CONTRACTS.items()}
+
+
+def made_up(schema, rows: int = 6) -> pd.DataFrame:
+    """A table that keeps a contract: each column of its type, identifiers unlike each other."""
+    special = {
+        "split": ["train", "train", "validation", "validation", "test", "test"], "outcome": "finished", "kind": "corpus", "win": 0.5,
+        "consistent": 1.0, "first": 0.5, "p_chosen": 0.7, "tokens": 3, "logp": -1.5, "reference_logp": -1.5, "chosen_logp": -1.5,
+        "rejected_logp": -1.5, "chosen_tokens": 3, "rejected_tokens": 3, "trial": 1,
+    }  # fmt: skip
+    columns = {}
+    for name, column in schema.columns.items():
+        kind = str(column.dtype)
+        if name in special:
+            columns[name] = special[name]
+        elif kind.startswith("float"):
+            columns[name] = np.linspace(0.1, 0.9, rows)
+        elif kind.startswith("int"):
+            columns[name] = np.arange(1, rows + 1)
+        elif kind == "bool":
+            columns[name] = True
+        elif kind == "object":
+            columns[name] = pd.Series([[1, 2, 3]] * rows)
+        else:
+            columns[name] = [f"{name} {number}" for number in range(rows)]
+    return pd.DataFrame(columns, index=range(rows))
+
+
+@CASES
+@given(
+    contract=st.sampled_from(sorted(set(tables.CONTRACTS) - {"trials"})),
+    how=st.sampled_from(["cell", "column", "row", "type", "cut", "flip"]),
+    draw=st.randoms(use_true_random=False),
+)
+def test_a_table_with_anything_broken_is_refused_by_name_or_keeps_its_contract(tmp_path, good, contract, how, draw):
+    table, path = good[contract].copy(), tmp_path / f"{contract}.parquet"
+    column = draw.choice(list(table.columns))
+    match how:
+        case "cell":
+            odd = draw.choice([None, "", "   ", np.nan, np.inf, -5, "\x00", "\ud800"])
+            table[column] = table[column].astype(object)
+            table.at[2, column] = odd
+        case "column":
+            table = table.drop(columns=column)
+        case "row":
+            table = pd.concat([table, table.iloc[[0]]], ignore_index=True)
+        case "type":
+            table[column] = [object.__repr__(object()) if n % 2 else n for n in range(len(table))]
+            table[column] = table[column].astype(str)
+    try:
+        table.to_parquet(path, index=False)
+    except Exception:  # parquet itself cannot hold it
+        return
+    whole = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(whole[: draw.randrange(len(whole))])
+    if how == "flip":
+        place = draw.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    try:
+        read = tables.read_table(path, contract)
+    except UserError as error:
+        said = str(error)
+        assert isinstance(error, DataError) and str(path) in said and len(said.splitlines()) < 25, said
+        if how in ("cell", "column", "type"):
+            assert repr(column) in said or column in said, said
+    else:
+        tables.validate(read, contract, "again")
+        assert how != "column"
