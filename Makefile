@@ -34,6 +34,7 @@ repro: install
 
 # Every method at as many settings, on a line of its own: hours (params.yaml, `tuning`). Killed, it goes on with the next trial.
 tune: install
+	@cp tuning/study.yaml tuning/dvc.yaml
 	@python -m rlhf_vs_dpo.run.cells tuning/dvc.yaml
 
 # Files of tests side by side, as many as there are cores, the longest first (tests/conftest.py).

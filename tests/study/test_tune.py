@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -27,6 +28,7 @@ def made(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp("study") / "project", "smoke")
     change(folder, "tuning.spaces", METHODS)
     reproduce(folder, re.compile("check|data|base|usable"))
+    shutil.copy(folder / "tuning" / "study.yaml", folder / "tuning" / "dvc.yaml")  # as `make tune` does
     reproduce(folder, file="tuning/dvc.yaml")
     return folder
 
@@ -82,7 +84,7 @@ def test_a_trial_is_the_production_cell(made, method, tmp_path):
 
 
 def test_no_stage_of_the_study_sees_a_test_prompt(made):
-    stages = YAML(typ="safe").load((ROOT / "tuning" / "dvc.yaml").read_text())["stages"]
+    stages = YAML(typ="safe").load((ROOT / "tuning" / "study.yaml").read_text())["stages"]
     for name, stage in stages.items():
         words = json.dumps(stage)
         for table in ("data/prompts.parquet", "data/demonstrations.parquet"):
