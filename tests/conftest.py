@@ -23,9 +23,15 @@ LONGEST = [
     "test_own_preferences.py",
     "test_side_by_side.py",
     "test_cells.py",
+    "test_tune.py",
     "test_browser.py",
     "test_questions.py",
 ]
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: many tests wait for processes that wait themselves."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
 
 
 def pytest_collection_modifyitems(items):

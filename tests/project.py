@@ -111,7 +111,9 @@ class Inline:
         if "create" in message:
             self.writer = recorder.Writer(message["create"], message["tags"], message["params"])
         else:
-            self.writer.take(message)
+            self.writer.take(
+                message | {"of_dvc": False}
+            )  # no other process writes dvc.lock: what is not in it will not come
 
     def end(self, status: str) -> str | None:
         if self.writer is None:
