@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 
 import pandas as pd
 import pytest
@@ -81,6 +82,11 @@ def test_a_trial_is_the_production_cell(made, method, tmp_path):
         spent["parameters"] * (6 * spent["tokens_trained"] + 2 * (spent["tokens_generated"] + spent["tokens_read"])),
         rel=1e-5,
     )
+
+
+def test_git_does_not_ignore_the_study_for_then_dvc_would():
+    asked = ["git", "check-ignore", "--no-index", "tuning/dvc.yaml"]
+    assert subprocess.run(asked, cwd=ROOT, capture_output=True, check=False).returncode != 0
 
 
 def test_no_stage_of_the_study_sees_a_test_prompt(made):
