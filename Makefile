@@ -37,7 +37,7 @@ tune: install
 	@cp tuning/study.yaml tuning/dvc.yaml
 	@python -m rlhf_vs_dpo.run.cells tuning/dvc.yaml
 
-# Files of tests side by side, as many as there are cores, the longest first (tests/conftest.py).
+# Files of tests side by side, one more than there are cores, the longest first (tests/conftest.py).
 test: $(VENV)/.tested
 	pytest -n auto --dist loadfile --no-loadscope-reorder -m "not real and not gpu and not slow"
 

@@ -11,6 +11,7 @@ from rlhf_vs_dpo.run import arithmetic  # noqa: E402
 
 # As in every stage, and before torch and numpy are imported: what a test computes here is what a stage computes.
 os.environ.update(arithmetic.fixed_environment({}))
+arithmetic.take_avx2()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -697,7 +697,7 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
     tuning = section(params, "tuning")
     if tuning.seed in section(params, "seeds"):
         faults.append(
-            f"{place}: `tuning.seed` ({tuning.seed}) is one of `seeds`; the study needs a line that no result uses"
+            f"{place}: `tuning.seed` ({tuning.seed}) is one of `seeds`; choose another, for the study needs a line that no result uses"
         )
     for method, space in tuning.spaces.items():
         if method not in known - {"sft"}:

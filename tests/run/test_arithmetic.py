@@ -20,12 +20,17 @@ print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), len(wide
 
 
 def shown(**env: str) -> list[str]:
+    return run(SHOW, **env).split()
+
+
+def run(code: str, **env: str) -> str:
+    """What a process of its own prints, started with `env` and none of the libraries' variables besides."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(arithmetic.FAMILIES) and k != "PYTHONHASHSEED"}
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW], env=clean | path | env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env=clean | path | env, capture_output=True, text=True, check=True
     )
-    return done.stdout.split()
+    return done.stdout
 
 
 def test_threads_instructions_and_hashes_are_those_of_the_project_whatever_was_asked_for():
@@ -34,6 +39,28 @@ def test_threads_instructions_and_hashes_are_those_of_the_project_whatever_was_a
     asked = {"OMP_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "1", "MKL_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default",
              "MKL_CBWR": "COMPATIBLE", "PYTHONHASHSEED": "5"}  # fmt: skip
     assert shown(**asked) == plain
+
+
+BYTES = """
+import hashlib
+from rlhf_vs_dpo.run import arithmetic
+arithmetic.fix()
+import torch
+print(torch.__version__.split("+")[0], arithmetic.name().split(",")[0])
+generator = torch.Generator().manual_seed(0)
+a, b = torch.randn(300, 257, generator=generator), torch.randn(257, 123, generator=generator)
+heads = (a[None, None, :, start : start + 16] for start in (0, 16, 32))
+for made in (a @ b, a.exp(), a.sigmoid().log(), a.softmax(-1), torch.nn.functional.scaled_dot_product_attention(*heads)):
+    print(hashlib.md5(made.numpy().tobytes()).hexdigest()[:8])
+"""
+
+
+def test_bytes_are_those_of_other_makers_processors():
+    """Recorded on an AMD EPYC, and on Intel's Haswell, Broadwell and Skylake as qemu-user emulates them."""
+    found = run(BYTES).splitlines()
+    if found[0] != "2.13.0 AVX2":
+        pytest.skip(f"recorded with torch 2.13.0 on x86-64, not with {found[0]}")
+    assert found[1:] == ["b5572a40", "0abd4d9a", "7ffc62eb", "56118d7e", "3d75d9b8"]
 
 
 def test_native_leaves_all_as_it_is_and_says_so():

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.run import cells
+from rlhf_vs_dpo.run.finished import Finished
 
 pytestmark = pytest.mark.pipeline
 METHODS = {
@@ -112,7 +113,6 @@ def tune(folder, method: str) -> int:
 
 
 def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch, capsys):
-    """...and one whose parameters changed meanwhile begins anew."""
     from rlhf_vs_dpo.study import trial
 
     whole = trials(made, "dpo")
@@ -135,6 +135,21 @@ def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch,
     assert "1 of 2 trials are done" in said and "trial 1 of 2" not in said
     again = trials(made, "dpo")
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), whole.drop(columns="seconds"))
+
+
+def test_what_is_finished_counts_for_the_same_parameters_and_inputs_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = tmp_path / "given"
+    given.write_text("1")
+    for row in ({"a": 1.5}, {"a": None}):
+        Finished("x", {"p": 1}, [given]).add(row)
+    assert Finished("x", {"p": 1}, [given]).rows == [{"a": 1.5}, {"a": None}]
+    assert Finished("x", {"p": 2}, [given]).rows == [] == Finished("y", {"p": 1}, [given]).rows
+    given.write_text("2")
+    assert Finished("x", {"p": 1}, [given]).rows == []
+    Finished("x", {"p": 2}, [given]).remove()
+    given.write_text("1")
+    assert Finished("x", {"p": 1}, [given]).rows == []
 
 
 def test_settings_at_which_a_method_diverges_are_rows_that_say_so(made):

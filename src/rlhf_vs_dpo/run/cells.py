@@ -1,9 +1,10 @@
 """`make repro`: the whole graph, with cells that do not depend on each other side by side.
 
 DVC says what depends on what and what has changed; its locks let several `dvc repro` work in one folder; `xargs -P` starts
-them. Stages are taken in waves: all whose dependencies are done. Where a wave after another has one stage, they are one lane, and what
-depends on nothing runs beside it. A line says when a cell starts and ends; what it prints goes to logs/<cell>.log. After a failure nothing new starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same
-work one stage after another, and gives the same bytes.
+them. Stages are taken in waves: all whose dependencies are done. First waves of one stage each are one lane, and what stands alone
+runs beside it. A line says when a cell starts and ends; what it prints goes to logs/<cell>.log. After a failure nothing new
+starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same work one stage after
+another, and gives the same bytes.
 
     JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs
     CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, unless RLHF_PROCESSES says otherwise
@@ -62,8 +63,8 @@ def run(waiting: list[list[list[str]]], tail: list[str], jobs: int, devices: lis
             return status
     if not tail:
         return 0
-    rest = ["dvc", "--wait-for-lock", "repro", "--single-item", *tail]
-    return subprocess.run(rest, check=False, preexec_fn=end_with_parent).returncode
+    command = ["dvc", "--wait-for-lock", "repro", "--single-item", *tail]
+    return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
 
 
 def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
@@ -102,7 +103,7 @@ def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
     return failure["status"]
 
 
-def lane(cells: str) -> int:
+def one_after_another(cells: str) -> int:
     """Run cells one after another; called by xargs with `1/40 data 2/40 base`."""
     end_with_parent()
     words = cells.split()
@@ -280,7 +281,7 @@ if __name__ == "__main__":
             case [file] if file.endswith(".yaml"):
                 sys.exit(main(file))
             case [cells]:
-                sys.exit(lane(cells))
+                sys.exit(one_after_another(cells))
             case _:
                 sys.exit(main())
     except UserError as error:

@@ -5,34 +5,27 @@ A stage that was killed goes on behind it. It is kept under a key of all that ca
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_vs_dpo.run import atomic
 from rlhf_vs_dpo.run.pipeline import root
 
 
 class Finished:
-    """Rows of a stage's work, a line each, written as they are made."""
+    """Rows of a stage's work, a line of JSON each, written as they are made."""
 
     def __init__(self, stage: str, params: dict[str, Any], inputs: list[Path]):
         self.folder = root() / ".dvc" / "tmp" / "rlhf" / stage
         self.path = self.folder / f"{_key(params, inputs)}.jsonl"
-        self.rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            whole = self.path.read_text().rpartition("\n")[0]  # the last line of a stage that was killed may be half
-            self.rows = [json.loads(line) for line in whole.splitlines()]
+        known = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in known]
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        with atomic.writing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def remove(self) -> None:
         """The stage is done; what was left of other parameters or code goes with it."""

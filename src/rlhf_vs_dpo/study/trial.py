@@ -30,6 +30,6 @@ class Ruler(NamedTuple):
         table = measure.watched(table, self.rivals, asked)
         steps = sorted(table["step"].unique())
         start, end = (table.loc[table["step"] == step, list(MEASURED)].mean() for step in (steps[0], steps[-1]))
-        judge = "gold" if table["gold"].notna().any() else "reward"
+        judge = measure.judged_by(table)
         gone = measure.collapsed(end["finished"], end[judge], start[judge], self.evaluate.collapse)
         return end.to_dict(), gone
