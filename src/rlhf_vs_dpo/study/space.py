@@ -1,4 +1,4 @@
-"""Which settings a method is tried at."""
+"""Which settings a method is tried at, and what is measured of each."""
 
 from zlib import crc32
 
@@ -6,6 +6,8 @@ import numpy as np
 from scipy.stats import qmc
 
 from rlhf_vs_dpo.config import Tuning
+
+MEASURED = ("preferred", "utility", "objective", "gold", "reward", "kl", "tokens", "finished")
 
 
 def settings(tuning: Tuning, method: str) -> list[dict[str, float]]:

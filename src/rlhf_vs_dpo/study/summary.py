@@ -6,8 +6,7 @@ from typing import Any
 import pandas as pd
 
 from rlhf_vs_dpo.study import search
-
-MEASURED = ("preferred", "utility", "objective", "gold", "reward", "kl", "tokens", "finished")
+from rlhf_vs_dpo.study.space import MEASURED
 
 
 def of_method(

@@ -7,7 +7,7 @@ import pandas as pd
 from rlhf_vs_dpo.config import Evaluate, Preferences
 from rlhf_vs_dpo.evaluation import measure
 from rlhf_vs_dpo.language.heads import Scorer
-from rlhf_vs_dpo.study.summary import MEASURED
+from rlhf_vs_dpo.study.space import MEASURED
 from rlhf_vs_dpo.training import watched
 
 
