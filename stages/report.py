@@ -26,7 +26,7 @@ def main(
 
         from rlhf_vs_dpo import config, tables
         from rlhf_vs_dpo.preferences import answers, gold
-        from rlhf_vs_dpo.report import content, figures, markdown, page
+        from rlhf_vs_dpo.report import charts, content, figures, markdown, page
         from rlhf_vs_dpo.run import atomic, pipeline, store
 
         chosen, seeds = run.section("policies"), run.section("seeds")
@@ -78,8 +78,8 @@ def main(
         blocks, this_run = content.blocks(source), content.run_blocks(source)
         title = "RLHF versus DPO: this run"
         with atomic.folder(out) as place:
-            pictures = figures.save(drawn, place / "figures")
-            (place / "index.html").write_text(page.render(blocks))
+            pictures = charts.save(drawn, place / "figures")
+            (place / "index.html").write_text(page.render(blocks, families=found["families"]))
             (place / "report.md").write_text(markdown.render(blocks))
             (place / "run.html").write_text(page.render(this_run, title))
             (place / "run.md").write_text(markdown.render(this_run, title))

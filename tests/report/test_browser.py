@@ -70,11 +70,21 @@ def shot(driver, name):
 def pages(tmp_path_factory):
     """Reports to open, by name."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "index.html").write_text(page.render(content.blocks(source(synthetic.found()))))
-    found = {"synthetic": folder / "index.html"}
+    found = synthetic.found()
+    (folder / "index.html").write_text(page.render(content.blocks(source(found)), families=found["families"]))
+    shown = {"synthetic": folder / "index.html"}
     if RUN:
-        found["run"] = Path(RUN).resolve() / "report" / "index.html"
-    return found
+        shown["run"] = Path(RUN).resolve() / "report" / "index.html"
+    return shown
+
+
+def opened(driver, address: str) -> None:
+    """Open a page and wait until its figures are drawn."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    driver.get(address)
+    drawn = "const all = [...document.querySelectorAll('.chart')]; return all.length > 0 && all.every((chart) => chart.querySelector('svg'))"
+    WebDriverWait(driver, 60).until(lambda _: driver.execute_script(drawn), "figures that are not drawn")
 
 
 @pytest.mark.parametrize("which", ["synthetic", *(["run"] if RUN else [])])
@@ -84,14 +94,20 @@ def test_the_report_opens_sorts_and_shows_its_texts(browser, pages, which, size)
 
     sized(browser, size)
     browser.get_log("browser")  # what came before
-    browser.get(pages[which].as_uri())
+    opened(browser, pages[which].as_uri())
     assert browser.find_element(By.TAG_NAME, "h1").text.startswith("RLHF versus DPO")
     # The page itself does not scroll sideways; wide tables do, inside their frame.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
-    images = browser.find_elements(By.TAG_NAME, "img")
-    assert len(images) >= 8 and all(
-        browser.execute_script("return arguments[0].naturalWidth > 0", image) for image in images
-    )
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".chart svg")) >= 8
+    if size == DESKTOP:  # ...and on a screen nothing has to
+        browser.execute_script(
+            "document.querySelectorAll('section > details').forEach((section) => { section.open = true })"
+        )
+        frames = "return [...document.querySelectorAll('.wide, .chart')].filter((frame) => frame.scrollWidth > frame.clientWidth + 1).map((frame) => frame.getAttribute('aria-label'))"
+        assert browser.execute_script(frames) == []
+        browser.execute_script(
+            "document.querySelectorAll('section:not(:first-child) > details').forEach((section) => { section.open = false })"
+        )
     shot(browser, f"report-{which}-{size[0]}")
 
     def column(number):
@@ -116,7 +132,9 @@ def test_the_report_opens_sorts_and_shows_its_texts(browser, pages, which, size)
     buttons[kl].click()
     assert column(kl) != [] and [float(re.match(r"-?[\d.]+", t).group()) for t in column(kl)] == sorted(values)
 
-    post = browser.find_element(By.XPATH, "//h2[@id='texts']/following::details[1]")
+    link = browser.find_element(By.CSS_SELECTOR, "nav a[href='#texts']")
+    browser.execute_script("arguments[0].click()", link)
+    post = browser.find_element(By.CSS_SELECTOR, "#texts details")
     said = post.find_element(By.CSS_SELECTOR, "td.said")
     assert not said.is_displayed()
     post.find_element(By.TAG_NAME, "summary").click()
@@ -130,9 +148,51 @@ def test_the_report_opens_sorts_and_shows_its_texts(browser, pages, which, size)
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
 
 
+def test_a_policy_is_picked_out_everywhere(browser, pages):
+    """By its name in the list, by a mark of a figure, by a row of a table; Escape lets it go."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    sized(browser, DESKTOP)
+    opened(browser, pages["synthetic"].as_uri())
+
+    def picked() -> tuple[set, set, set]:
+        """By the list, by the signal of every figure, by the rows of tables."""
+        rows = browser.find_elements(By.CSS_SELECTOR, "tr.picked")
+        pressed = browser.find_elements(By.CSS_SELECTOR, ".policies [aria-pressed=true]")
+        signals = browser.execute_script("return views.map((view) => view.signal('picked'))")
+        return (
+            {b.get_attribute("data-policy") for b in pressed},
+            set(signals),
+            {r.get_attribute("data-policy") for r in rows},
+        )
+
+    def faded() -> float:
+        """Least opacity of a point in the comparison."""
+        marks = browser.find_elements(By.CSS_SELECTOR, "#figure-comparison svg path[role='graphics-symbol']")
+        return min(float(mark.get_attribute("opacity") or 1) for mark in marks)
+
+    assert faded() > 0.8 and picked() == (set(), {""}, set())
+    browser.find_element(By.CSS_SELECTOR, ".policies [data-policy=dpo]").send_keys(Keys.ENTER)
+    assert picked() == ({"dpo"}, {"dpo"}, {"dpo"}) and faded() < 0.2
+    row = browser.find_element(By.CSS_SELECTOR, "#table-main tr[data-policy=ppo] td")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", row)
+    assert picked() == ({"ppo"}, {"ppo"}, {"ppo"})
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert picked() == (set(), {""}, set()) and faded() > 0.8
+    marks = browser.find_elements(By.CSS_SELECTOR, "#figure-comparison svg [aria-roledescription='point'][aria-label*='policy: dpo']")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", marks[0])
+    ActionChains(browser).move_to_element(marks[0]).pause(0.3).perform()
+    assert "dpo" in browser.find_element(By.ID, "vg-tooltip-element").text
+    ActionChains(browser).click(marks[0]).perform()
+    assert picked()[0] == {"dpo"}
+    shot(browser, "report-picked")
+
+
 def test_the_report_can_be_read_in_the_dark_and_on_paper(browser, pages):
     sized(browser, DESKTOP, dark=True)
-    browser.get(pages["synthetic"].as_uri())
+    opened(browser, pages["synthetic"].as_uri())
 
     def colours():
         return browser.execute_script("const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,8 @@ import synthetic
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.evaluation import views
 from rlhf_vs_dpo.preferences import gold
-from rlhf_vs_dpo.report import content, figures, markdown, page, words
+from rlhf_vs_dpo.report import charts, content, figures, markdown, page, words
+from rlhf_vs_dpo.report.charts import Figure
 from rlhf_vs_dpo.report.marks import marked
 from rlhf_vs_dpo.sources import mini_tldr
 
@@ -200,14 +202,52 @@ def test_nothing_to_mark_with():
 
 def test_the_page_stands_alone_and_lets_no_text_out(blocks):
     html = page.render(blocks)
-    assert "<script>alert" not in html and "&lt;script&gt;alert" in html and html.count("<script>") == 1
-    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    library = re.search(r'<script id="vega">(.*?)</script>', html, re.DOTALL)[1]
+    ours = html.replace(library, "")
+    assert "<script>alert" not in ours and "&lt;script&gt;alert" in ours and ours.count("<script>") == 2
+    sources = re.findall(r'(?:src|href)="([^"]*)"', ours)
     outside = [s for s in sources if not s.startswith(("data:", "#", "http://127.0.0.1:5000"))]
-    assert not outside and "url(" not in html and "@import" not in html
-    anchors = set(re.findall(r'id="([^"]+)"', html))
+    assert not outside and "url(" not in ours and "@import" not in ours
+    anchors = set(re.findall(r'id="([^"]+)"', ours))
     assert {s[1:] for s in sources if s.startswith("#")} <= anchors
-    assert html.count("<img ") == html.count('<img alt="') and not re.search(r'<img alt="\s*"', html)
+    drawn = [block for block in blocks if isinstance(block, Figure)]
+    described = re.findall(r'<div class="chart" id="figure-(\w+)" role="img" tabindex="0" aria-label="[^"]{20,}"', ours)
+    assert described == [figure.name for figure in drawn]
+    specs = json.loads(re.search(r'id="figures">(.*?)</script>', ours)[1])
+    assert set(specs) == set(described)
     assert page.render(content.blocks(source(synthetic.found()))) == html  # the same bytes from the same numbers
+
+
+def test_a_policys_name_cannot_leave_the_list_or_the_figures(found):
+    """Names of policies are keys of params.yaml, and so anybody's."""
+    text = json.dumps(found).replace('"ppo"', '"</script><b>ppo"')
+    nasty = json.loads(text)
+    drawn = figures.draw(nasty, pd.DataFrame())
+    html = page.render([drawn[0]], families=nasty["families"])
+    assert "</script><b>" not in html
+
+
+def test_names_beside_a_figure_never_cover_each_other():
+    ends = [{"policy": f"m{i}", "x": 1.0, "y": 0.5 + 0.001 * i} for i in range(12)]
+    x, y = charts.axis("x", None, [0, 1]), charts.axis("y", None, [0.0, 1.0], charts.alt.Y)
+    named = charts.labels(ends, x, y, (200, 240), charts.alt.value("black"))[-1].to_dict()
+    places = sorted(row["at"] * 240 for row in named["data"]["values"])
+    apart = [b - a for a, b in pairwise(places)]
+    assert min(apart) >= charts.LABEL_GAP - 0.01 and places[0] >= 0 and places[-1] <= 240
+
+
+def test_methods_of_a_family_differ_in_colour_shape_and_dash():
+    style = charts.Style({f"m{i}": "rl" for i in range(6)} | {"sft": "sft"})
+    for looks in (style.colour, style.shape, lambda row: tuple(style.dash(row))):
+        assert len({looks(f"m{i}") for i in range(6)}) == 6
+    assert style.colour("sft") == "#000000"
+
+
+def test_a_picture_is_the_same_twice_and_looks_like_one(found, tmp_path):
+    first, second = (
+        charts.picture(figures.draw(found, pd.DataFrame())[1].chart, tmp_path / f"{i}.png").read_bytes() for i in "ab"
+    )
+    assert first == second and first.startswith(b"\x89PNG") and len(first) > 10_000
 
 
 def test_every_row_leads_to_its_run_stage_parameters_and_hash(blocks):
@@ -252,14 +292,14 @@ def test_the_same_in_markdown(blocks):
     assert (
         "a \\| b" in text
         and "<script" not in text.replace("\\<script", "")
-        and text.count("![") == sum(isinstance(block, figures.Figure) for block in blocks)
+        and text.count("![") == sum(isinstance(block, Figure) for block in blocks)
     )
     headings = [block.text for block in blocks if isinstance(block, content.Heading)]
     assert all(f"# {heading}\n" in text for heading in headings)
 
 
 def test_figures_say_in_words_what_they_show(found, blocks):
-    drawn = {block.name: block for block in blocks if isinstance(block, figures.Figure)}
+    drawn = {block.name: block for block in blocks if isinstance(block, Figure)}
     assert set(drawn) >= {
         "comparison",
         "two_axes",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf_vs_dpo.report.figures import Figure
+from rlhf_vs_dpo.report.charts import Figure
 from rlhf_vs_dpo.report.marks import Piece
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.report import words
 from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, Table, Text
-from rlhf_vs_dpo.report.figures import NAMES, Figure
+from rlhf_vs_dpo.report.charts import Figure
 from rlhf_vs_dpo.report.marks import marked
+from rlhf_vs_dpo.report.words import NAMES
 
 SHARED = ("sft", "preferences", "reward", "reference", "pool")  # stages of a line whose cost several methods share
 COLUMNS = {  # metric -> (heading, digits)
@@ -32,6 +33,19 @@ COLUMNS = {  # metric -> (heading, digits)
     "fact_recall": ("fact recall", 2),
     "pair_accuracy": ("pairs", 2),
 }
+
+
+FIRST = (
+    "preferred",
+    "gold",
+    "utility",
+    "objective",
+    "reward",
+    "win_rate_vs_sft",
+    "length_controlled_win_rate",
+    "kl",
+    "finished",
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +99,12 @@ def blocks(source: Source) -> list[Block]:
 
     return [
         *(Text(sentence) for sentence in words.verdict(found)),
+        *figures("questions" if found["answers"] else "comparison"),
         Heading("The comparison", "comparison"),
-        main_table(found, set(source.traces)),
+        Text(words.axes_explained(found)),
+        *figures(*(["comparison"] if found["answers"] else [])),
+        main_table(found, set(source.traces), FIRST),
+        more_table(found),
         *(Text(sentence) for sentence in [*words.limits(found), *filter(None, [made_by(source.took["stages"])])]),
         Text(
             f"The reward model{'s order' if len(source.reward_quality) > 1 else ' orders'} held-out pairs as the annotator did in "
@@ -96,7 +114,7 @@ def blocks(source: Source) -> list[Block]:
             + " of cases"
             + ("; `pairs` says the same of a policy's implicit reward." if _known(found, "pair_accuracy") else ".")
         ),
-        *figures("comparison", "two_axes", "frontier"),
+        *figures("two_axes", "frontier"),
         Heading("Planned questions" if found["answers"] else "Differences", "differences"),
         *questions(found),
         *differences(found),
@@ -264,6 +282,13 @@ def main_table(found: dict[str, Any], traced: set[str], metrics: Collection[str]
                  f"Test prompts, in the order of {NAMES[found['axes'][0]]}; ± is half a 95 % interval. Names lead to stage, parameters and hash.", "main")  # fmt: skip
 
 
+def more_table(found: dict[str, Any]) -> Table:
+    """What the first table has no room for."""
+    shown = [m for m in COLUMNS if m not in FIRST and _known(found, m)]
+    rows = [[Cell(row), *(cell(found["methods"][row][m], COLUMNS[m][1]) for m in shown)] for row in _ranked(found)]
+    return Table(["policy", *(COLUMNS[m][0] for m in shown)], rows, "The same policies: what else was measured", "more")
+
+
 def questions(found: dict[str, Any]) -> list[Block]:
     """The planned questions: answers from three lines on, before that differences alone."""
     asked = found["questions"][found["axes"][0]]
@@ -327,22 +352,25 @@ def failed(found: dict[str, Any]) -> list[Block]:
     """Bias amplified and reward model exploited, of every path."""
     if not found["failures"]:
         return []
-    rows = []
-    for name, both in found["failures"].items():
-        row = [Cell(name)]
-        for kind in ("bias_amplified", "reward_model_exploited"):
+    kinds = {  # kind -> (what it is called, what was gained, what was given for it)
+        "bias_amplified": ("Bias amplified", "utility gained", "gold given for it"),
+        "reward_model_exploited": ("Reward model exploited", "RM reward gained", "utility given for it"),
+    }
+    tables: list[Block] = []
+    for kind, (name, gained, lost) in kinds.items():
+        rows = []
+        for path, both in found["failures"].items():
             entry = both[kind]
-            begins = entry["begins"]
-            row += [
-                Cell(words.signed(entry["gained"]), entry["gained"]["mean"]), Cell(words.signed(entry["lost"]), entry["lost"]["mean"]),
-                Cell("–" if begins["mean"] is None or not entry["share"] else f"{begins['mean']:.2f}", begins["mean"]),
-                Cell(f"{entry['share']:.0%}", entry["share"]), Cell("yes" if entry["shown"] else "–"),
-            ]  # fmt: skip
-        rows.append(row)
-    head = [
-        "path", "utility gained", "gold given for it", "from KL", "resamples", "bias amplified",
-        "RM reward gained", "utility given for it", "from KL on", "resamples seen", "reward model exploited",
-    ]  # fmt: skip
+            begins = entry["begins"]["mean"] if entry["share"] else None
+            rows.append(
+                [
+                    Cell(path), Cell(words.signed(entry["gained"]), entry["gained"]["mean"]), Cell(words.signed(entry["lost"]), entry["lost"]["mean"]),
+                    Cell("–" if begins is None else f"{begins:.2f}", begins),
+                    Cell(f"{entry['share']:.0%}", entry["share"]), Cell("yes" if entry["shown"] else "–"),
+                ]
+            )  # fmt: skip
+        head = ["path", gained, lost, "from KL on", "resamples that show it", name.lower()]
+        tables.append(Table(head, rows, f"{name}: what was gained, and what was given for it", f"failures-{kind}"))
     return [
         Text(
             "Bias amplified: between the point of training at which gold is highest and that at which utility is highest, utility rose and gold "
@@ -351,7 +379,7 @@ def failed(found: dict[str, Any]) -> list[Block]:
             "way round, for the highest of noisy points looks higher than it is. `yes` where both intervals leave out 0. Methods are read over "
             "training on validation prompts, best of n over n on the test prompts that have the most samples."
         ),
-        Table(head, rows, "What was gained, and what was given for it", "failures"),
+        *tables,
     ]
 
 

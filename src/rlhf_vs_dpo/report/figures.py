@@ -1,518 +1,577 @@
-"""The figures of the report. Every policy has a colour of its family and a marker of its own, so that none hangs on colour."""
+"""The figures of the report."""
 
+import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+import altair as alt
 import pandas as pd
 
-# Okabe and Ito 2008, told apart in all common kinds of colour-blindness.
-FAMILY_COLOURS = {
-    "sft": "#000000",
-    "rl": "#0072B2",
-    "preference": "#D55E00",
-    "imitation": "#009E73",
-    "best_of_n": "#CC79A7",
-}
-FAMILY_NAMES = {
-    "sft": "SFT",
-    "rl": "RL",
-    "preference": "DPO family",
-    "imitation": "imitation",
-    "best_of_n": "best of n",
-}
-MARKERS = "osD^vP*Xh<>"
-LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
-NAMES = {
-    "preferred": "share preferred to SFT",
-    "gold": "gold reward",
-    "utility": "utility",
-    "objective": "objective",
-    "reward": "RM reward",
-}
+from rlhf_vs_dpo.report.charts import (
+    FAMILY_COLOURS,
+    FAMILY_NAMES,
+    GREY,
+    Figure,
+    Style,
+    axis,
+    data,
+    faded,
+    labels,
+    rule,
+    span,
+    spoken,
+    tooltip,
+)  # fmt: skip
+from rlhf_vs_dpo.report.words import NAMES, signed
 
-
-class Figure(NamedTuple):
-    """A drawn figure: what it shows in a sentence, and what a reader who cannot see it should know."""
-
-    name: str
-    caption: str
-    alt: str
-    drawn: Any
-
-
-class Style:
-    """Colour, marker and line of every row."""
-
-    def __init__(self, found: dict[str, Any]):
-        self.families = found["families"]
-        count: dict[str, int] = {}
-        self.number = {}
-        for row, family in self.families.items():
-            self.number[row] = count.get(family, 0)
-            count[family] = self.number[row] + 1
-
-    def colour(self, row: str) -> str:
-        return FAMILY_COLOURS[self.families.get(row, "best_of_n")]
-
-    def marker(self, row: str) -> str:
-        return MARKERS[self.number.get(row, 0) % len(MARKERS)]
-
-    def line(self, row: str):
-        return LINES[self.number.get(row, 0) % len(LINES)]
-
-    def of(self, family: str) -> list[str]:
-        return [row for row, its in self.families.items() if its == family]
+Rows = list[dict[str, Any]]
+ROW_HEIGHT = 19
+WIDE = 820  # pixels that the panels of a figure share
+CURVE = 40  # points of a line that are drawn
 
 
 def draw(found: dict[str, Any], learning: pd.DataFrame) -> list[Figure]:
-    """All figures that the results can fill."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-            "svg.hashsalt": "rlhf-vs-dpo", "svg.fonttype": "none", "figure.max_open_warning": 0, "font.size": 9, "legend.fontsize": 7.5,
-        }
-    )  # fmt: skip
-    style = Style(found)
-    makers: list[Callable] = [
-        comparison, two_axes, frontier, overoptimisation, compute, cost, length, forgetting, diversity, best_of_n,
+    """All figures that the results can fill, in the order in which the report shows them."""
+    style = Style(found["families"])
+    makers: list[Callable[[dict[str, Any], Style], Figure | None]] = [
+        questions, comparison, two_axes, frontier, overoptimisation, compute, cost, length, forgetting, diversity, best_of_n,
     ]  # fmt: skip
-    figures = [figure for maker in makers if (figure := maker(plt, found, style)) is not None]
-    if (trained := training(plt, learning, style)) is not None:
-        figures.append(trained)
-    return figures
+    figures = [figure for maker in makers if (figure := maker(found, style)) is not None]
+    trained = training(learning, style)
+    return [*figures, trained] if trained else figures
 
 
-def save(figures: list[Figure], folder: Path) -> list[Path]:
-    """Write each as PNG, for Markdown and MLflow; figures stay open."""
-    folder.mkdir()
-    paths = []
-    for figure in figures:
-        path = folder / f"{figure.name}.png"
-        figure.drawn.savefig(path, metadata={"Software": None})
-        paths.append(path)
-    return paths
-
-
-def _points(
-    axis, rows: list[tuple[str, dict]], style: Style, metric: str, offset: float = 0.0, hollow: bool = False
-) -> None:
-    for place, (row, metrics) in enumerate(rows):
-        entry = metrics[metric]
-        if entry["mean"] is None:  # a policy of which no response ever ended has no reward
-            continue
-        axis.errorbar(
-            entry["mean"], place + offset, xerr=_error(entry),
-            fmt=style.marker(row), markersize=5, color=style.colour(row), capsize=2,
-            markerfacecolor="white" if hollow else style.colour(row),
-        )  # fmt: skip
-
-
-def _rows(found: dict[str, Any]) -> list[tuple[str, dict]]:
+def _ranked(found: dict[str, Any]) -> list[str]:
     """Rows from the highest to the lowest on the first axis."""
     first = found["axes"][0]
-    rows = list(found["methods"].items())
-    return sorted(
-        rows, key=lambda item: -np.inf if item[1][first]["mean"] is None else item[1][first]["mean"], reverse=True
-    )
+    worth = {row: m[first]["mean"] for row, m in found["methods"].items()}
+    return sorted(worth, key=lambda row: -math.inf if worth[row] is None else worth[row], reverse=True)
 
 
-def _error(entry: dict[str, float]) -> list[list[float]]:
-    """Distances of an interval's ends from its mean, as `errorbar` wants them."""
-    return [[max(entry["mean"] - entry["low"], 0)], [max(entry["high"] - entry["mean"], 0)]]
+def _known(found: dict[str, Any], metrics: tuple[str, ...]) -> list[str]:
+    return [m for m in metrics if any(row[m]["mean"] is not None for row in found["methods"].values())]
 
 
-def _name_rows(axis, rows: list) -> None:
-    axis.set_yticks(range(len(rows)), [row for row, _ in rows])
-    axis.invert_yaxis()
-
-
-def _has(found: dict[str, Any], metric: str) -> bool:
-    return any(row[metric]["mean"] is not None for row in found["methods"].values())
-
-
-def _spoken(found: dict[str, Any], metric: str, digits: int = 2) -> str:
+def _said(found: dict[str, Any], metric: str, digits: int = 2) -> str:
     """The numbers of a metric, in the order of the rows, for those who cannot see them."""
-    parts = [
-        f"{row} {metrics[metric]['mean']:.{digits}f}"
-        for row, metrics in _rows(found)
-        if metrics[metric]["mean"] is not None
-    ]
-    return ", ".join(parts) + "."
+    means = {row: found["methods"][row][metric]["mean"] for row in _ranked(found)}
+    return ", ".join(f"{row} {mean:.{digits}f}" for row, mean in means.items() if mean is not None) + "."
 
 
-def comparison(plt, found: dict[str, Any], style: Style) -> Figure:
-    rows = _rows(found)
-    shown = [m for m in ("preferred", "gold", "reward", "win_rate_vs_sft") if _has(found, m)]
-    figure, axes = plt.subplots(
-        1,
-        len(shown),
-        figsize=(2.9 * len(shown) + 1, 0.27 * len(rows) + 1.3),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+def _entry(row: str, entry: dict[str, float], metric: str = "x") -> dict[str, Any]:
+    """A mean with its interval as fields `x, x_low, x_high, x_said`."""
+    return {
+        "policy": row, metric: entry["mean"], f"{metric}_low": entry["low"], f"{metric}_high": entry["high"],
+        f"{metric}_said": spoken(entry),
+    }  # fmt: skip
+
+
+def _dots(
+    found: dict[str, Any], style: Style, metrics: dict[str, str], marks: dict[str, list[tuple[float, str]]] | None = None,
+    log: tuple[str, ...] = (), beside: dict[str, tuple[str, str]] | None = None,
+) -> alt.HConcatChart:  # fmt: skip
+    """A panel for each metric, a row for each policy: its mean and interval.
+
+    metrics    metric -> title
+    marks      metric -> values with a thin line, each `line` or `dots`
+    log        metrics on a logarithmic scale
+    beside     metric -> (another metric shown hollow below it, its name)
+    """
+    order = _ranked(found)
+    panels = []
+    for number, (metric, title) in enumerate(metrics.items()):
+        shown = [(row, found["methods"][row][metric]) for row in order]
+        rows = [_entry(row, entry) for row, entry in shown if entry["mean"] is not None]
+        scale = {"type": "log"} if metric in log else {}
+        every = [row[key] for row in rows for key in ("x_low", "x_high")]
+        y = alt.Y(
+            "policy:N",
+            sort=order,
+            title=None,
+            scale=alt.Scale(domain=order),
+            axis=alt.Axis(labels=number == 0, ticks=False, domain=False, grid=True, labelLimit=200, labelFontSize=11),
+        )
+        base = alt.Chart(data(rows)).encode(y=y, color=style.colours, opacity=faded())
+        said = tooltip(policy="policy", x_said=title)
+        layers = []
+        for value, kind in (marks or {}).get(metric, []):
+            every.append(value)
+            layers.append(rule([value], dash=[2, 2] if kind == "dots" else None))
+        if beside and metric in beside:
+            other, name = beside[metric]
+            hollow = [
+                _entry(row, found["methods"][row][other])
+                for row in order
+                if found["methods"][row][other]["mean"] is not None
+            ]
+            every += [row["x"] for row in hollow]
+            layers.append(
+                alt.Chart(data(hollow))
+                .mark_point(size=26, filled=False, yOffset=6)
+                .encode(x="x:Q", y=y, color=style.colours, shape=style.shapes, opacity=faded(), tooltip=tooltip(policy="policy", x_said=name))
+            )  # fmt: skip
+        runs = [
+            {"policy": row, "x": run[metric]}
+            for row in order
+            if len(found["runs"].get(row, {})) > 1
+            for run in found["runs"][row].values()
+            if run.get(metric) is not None
+        ]
+        if runs and metric in found["axes"]:
+            every += [run["x"] for run in runs]
+            layers.append(
+                alt.Chart(data(runs)).mark_tick(color=GREY, thickness=1, size=5, yOffset=7).encode(x="x:Q", y=y, opacity=faded(0.9))
+            )  # fmt: skip
+        layers += [
+            base.mark_rule().encode(x=axis("x_low", title, span(every, metric in log), **scale), x2="x_high:Q"),
+            base.mark_point(size=42, filled=True).encode(x="x:Q", shape=style.shapes, tooltip=said),
+        ]
+        panels.append(alt.layer(*layers).properties(width=(WIDE - 120) / len(metrics), height=ROW_HEIGHT * len(order)))
+    return alt.hconcat(*panels, spacing=10)
+
+
+def questions(found: dict[str, Any], style: Style) -> Figure | None:
+    """The planned questions, once they are answered: each difference with its interval."""
+    if not found["answers"]:
+        return None
+    panels, said = [], []
+    asked = [f"{q['a']} − {q['b']}" for q in found["questions"][found["axes"][0]]]
+    for number, name in enumerate(found["axes"]):
+        rows = [
+            {
+                "question": f"{q['a']} − {q['b']}", "x": q["mean"], "low": q["low"], "high": q["high"], "policy": None,
+                "said": signed(q), "answer": "answered" if q["answer"] in ("a", "b") else "open",
+            }
+            for q in found["questions"][name]
+            if q["mean"] is not None
+        ]  # fmt: skip
+        y = alt.Y("question:N", sort=asked, title=None, scale=alt.Scale(domain=asked),
+                  axis=alt.Axis(labels=number == 0, ticks=False, domain=False, grid=True, labelLimit=260, labelFontSize=11))  # fmt: skip
+        base = alt.Chart(data(rows)).encode(y=y)
+        domain = span([0.0, *(row[end] for row in rows for end in ("low", "high"))])
+        filled = alt.Fill(
+            "answer:N", legend=None, scale=alt.Scale(domain=["answered", "open"], range=["#000000", "#ffffff"])
+        )
+        panels.append(
+            alt.layer(
+                rule([0.0]),
+                base.mark_rule().encode(x=axis("low", f"difference in {NAMES[name]}", domain), x2="high:Q"),
+                base.mark_point(size=55, stroke="#000000", strokeWidth=1.2, opacity=1).encode(
+                    x="x:Q", fill=filled, tooltip=tooltip(question="question", said="difference", answer="")
+                ),
+            ).properties(width=(WIDE - 160) / len(found["axes"]), height=24 * len(asked))
+        )
+        said.append(f"{NAMES[name]}: " + ", ".join(f"{row['question']} {row['said']}" for row in rows) + ".")
+    return Figure(
+        "questions",
+        "The planned questions: differences with 95 % intervals over lines and prompts. Filled: answered, after Holm over the questions; hollow: open",
+        "Differences. " + " ".join(said),
+        alt.hconcat(*panels, spacing=10),
     )
-    for axis, metric in zip(axes[0], shown, strict=True):
-        if metric in found["axes"]:
-            for place, (row, _) in enumerate(rows):
-                values = [run[metric] for run in found["runs"][row].values() if metric in run]
-                if len(values) > 1:
-                    axis.plot(values, [place + 0.28] * len(values), "|", color="grey", markersize=5)
-        _points(axis, rows, style, metric)
-        axis.set_xlabel(NAMES.get(metric, f"wins against SFT by {found['judge']}"))
-        if metric == "preferred":
-            axis.axvline(0.5, color="grey", linewidth=0.8)
-    if "win_rate_vs_sft" in shown:
-        _points(axes[0][-1], rows, style, "length_controlled_win_rate", offset=0.28, hollow=True)
-        axes[0][-1].axvline(0.5, color="grey", linewidth=0.8)
-    _name_rows(axes[0][0], rows)
-    several = len(found["seeds"]) > 1
+
+
+def comparison(found: dict[str, Any], style: Style) -> Figure:
+    shown = _known(found, ("preferred", "gold", "reward", "win_rate_vs_sft"))
+    titles = {m: NAMES.get(m, f"wins against SFT by {found['judge']}") for m in shown}
+    half = {m: [(0.5, "line")] for m in ("preferred", "win_rate_vs_sft")}
+    beside = {"win_rate_vs_sft": ("length_controlled_win_rate", "at equal length")}
     return Figure(
         "comparison",
         "Every policy on test prompts with 95 % intervals; hollow: win rate at equal length"
-        + ("; grey ticks: each line" if several else ""),
-        f"Policies from the highest to the lowest {NAMES[found['axes'][0]]}: {_spoken(found, found['axes'][0])}",
-        figure,
+        + ("; grey ticks: each line" if len(found["seeds"]) > 1 else ""),
+        f"Policies from the highest to the lowest {NAMES[found['axes'][0]]}: {_said(found, found['axes'][0])}",
+        _dots(found, style, titles, half, beside=beside),
     )
 
 
-def two_axes(plt, found: dict[str, Any], style: Style) -> Figure | None:
+def _scatter(
+    found: dict[str, Any], style: Style, places: dict[str, tuple[dict[str, float], dict[str, float]]], titles: tuple[str, str],
+    size: tuple[int, int], under: list[Rows] = (), log: bool = False,
+) -> alt.LayerChart:  # fmt: skip
+    """Policies in a plane, with intervals both ways and names at the right.
+
+    places    policy -> (x, y), each a mean with its interval
+    under     lines below the points: rows `policy, x, y`
+    """
+    rows = [_entry(row, x, "x") | _entry(row, y, "y") for row, (x, y) in places.items()]
+    drawn = [point for line in under for point in line]
+    across = span(
+        [row[k] for row in rows for k in ("x_low", "x_high")] + [point["x"] for point in drawn],
+        log,
+    )
+    up = span([row[k] for row in rows for k in ("y_low", "y_high")] + [point["y"] for point in drawn])
+    x = axis("x", titles[0], across, large=log, **({"type": "log"} if log else {}))
+    y = axis("y", titles[1], up, alt.Y)
+    base = alt.Chart(data(rows)).encode(color=style.colours, opacity=faded())
+    layers = [
+        alt.Chart(data(line)).mark_line(strokeWidth=1.2, strokeDash=[2, 3] if line[0]["policy"] is None else [1, 0])
+        .encode(x=x, y=y, order="at:Q", color=alt.value(FAMILY_COLOURS["best_of_n"]) if line[0]["policy"] is None else style.colours, opacity=faded())
+        for line in under
+    ]  # fmt: skip
+    layers += [
+        base.mark_rule(strokeWidth=0.8).encode(x=x, x2="x_high:Q", y=y).transform_calculate(x="datum.x_low"),
+        base.mark_rule(strokeWidth=0.8).encode(x=x, y=y, y2="y_high:Q").transform_calculate(y="datum.y_low"),
+        base.mark_point(filled=True, size=60).encode(
+            x=x, y=y, shape=style.shapes, tooltip=tooltip(policy="policy", x_said=titles[0], y_said=titles[1])
+        ),
+        *labels([{key: row[key] for key in ("policy", "x", "y")} for row in rows], x, y, size, style.colours),
+    ]
+    return alt.layer(*layers).properties(width=size[0], height=size[1])
+
+
+def _thinned(points: list) -> list:
+    """Some `CURVE` of a line's points, the last among them."""
+    return [points[i] for i in sorted({*range(0, len(points), max(len(points) // CURVE, 1)), len(points) - 1})]
+
+
+def _of_n(found: dict[str, Any], x: str, y: str) -> list[Rows]:
+    """The curve of best-of-n over n as a line below the points of a scatter."""
+    known = [r for r in found["best_of_n_wide"] if r[x]["mean"] is not None and r[y]["mean"] is not None]
+    return [[{"policy": None, "x": r[x]["mean"], "y": r[y]["mean"], "at": r["n"]} for r in known]] if known else []
+
+
+def _pairs(found: dict[str, Any], x: str, y: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    both = {row: (m[x], m[y]) for row, m in found["methods"].items()}
+    return {row: (a, b) for row, (a, b) in both.items() if a["mean"] is not None and b["mean"] is not None}
+
+
+def two_axes(found: dict[str, Any], style: Style) -> Figure | None:
     """What the labels asked for against what they should have asked for."""
     if len(found["axes"]) < 2:
         return None
-    across, up = reversed(found["axes"])
-    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    curve = found["best_of_n_wide"]
-    axis.plot([r[across]["mean"] for r in curve], [r[up]["mean"] for r in curve], ":", color=FAMILY_COLOURS["best_of_n"],
-              label="best of n, over n")  # fmt: skip
-    for row, metrics in _rows(found):
-        x, y = metrics[across], metrics[up]
-        if x["mean"] is not None and y["mean"] is not None:
-            axis.errorbar(
-                x["mean"], y["mean"], xerr=_error(x), yerr=_error(y), fmt=style.marker(row), color=style.colour(row), markersize=6,
-                elinewidth=0.8, label=row,
-            )  # fmt: skip
-    axis.set_xlabel(f"{NAMES[across]}: what they should have asked for")
-    axis.set_ylabel(f"{NAMES[up]}: what the labels asked for")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    up, across = found["axes"]
+    titles = (f"{NAMES[across]}: what they should have asked for", f"{NAMES[up]}: what the labels asked for")
     return Figure(
         "two_axes",
-        "Two truths: what the labels asked for, and what they should have asked for, on test prompts with 95 % intervals",
-        f"Scatter of {NAMES[up]} against {NAMES[across]}. {NAMES[across].capitalize()}: {_spoken(found, across)}",
-        figure,
+        "Two truths: what the labels asked for, and what they should have asked for, on test prompts with 95 % intervals; dotted: best of n, over n",
+        f"Scatter of {NAMES[up]} against {NAMES[across]}. {NAMES[across].capitalize()}: {_said(found, across)}",
+        _scatter(found, style, _pairs(found, across, up), titles, (620, 380), _of_n(found, across, up)),
     )
 
 
-def frontier(plt, found: dict[str, Any], style: Style) -> Figure:
-    axes_shown = found["axes"]
-    figure, axes = plt.subplots(
-        1, len(axes_shown), figsize=(4.4 * len(axes_shown) + 1.8, 4.4), squeeze=False, layout="constrained"
-    )
-    curve = found["best_of_n_wide"]
-    for axis, metric in zip(axes[0], axes_shown, strict=True):
-        known = [r for r in curve if r[metric]["mean"] is not None]
-        if known:
-            axis.plot([r["kl"]["mean"] for r in known], [r[metric]["mean"] for r in known], ":",
-                      color=FAMILY_COLOURS["best_of_n"], label="best of n, over n")  # fmt: skip
-        for method, points in found["frontiers"].items():
-            axis.plot([p["kl"]["mean"] for p in points], [p[metric]["mean"] for p in points], linewidth=0.9,
-                      color=style.colour(method), linestyle=style.line(method), label=f"settings of {method}")  # fmt: skip
-        for row, metrics in _rows(found):
-            x, y = metrics["kl"], metrics[metric]
-            if x["mean"] is None or y["mean"] is None:
-                continue
-            axis.errorbar(
-                x["mean"], y["mean"], xerr=_error(x), yerr=_error(y), fmt=style.marker(row), color=style.colour(row), markersize=6,
-                elinewidth=0.8, label=row,
-            )  # fmt: skip
-        axis.set_xlabel("KL(policy, SFT) in nats per response")
-        axis.set_ylabel(NAMES[metric])
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+def frontier(found: dict[str, Any], style: Style) -> Figure:
+    panels = []
+    size = (315, 340) if len(found["axes"]) > 1 else (620, 380)
+    for metric in found["axes"]:
+        of_settings = [
+            [{"policy": method, "x": p["kl"]["mean"], "y": p[metric]["mean"], "at": i} for i, p in enumerate(points)]
+            for method, points in found["frontiers"].items()
+        ]
+        titles = ("KL(policy, SFT), nats per response", NAMES[metric])
+        under = _of_n(found, "kl", metric) + of_settings
+        panels.append(_scatter(found, style, _pairs(found, "kl", metric), titles, size, under))
     return Figure(
         "frontier",
         "Reward against the distance from the SFT policy, on test prompts, each policy at its end; dotted: best of n, up to n = "
-        f"{curve[-1]['n']}"
+        f"{found['best_of_n_wide'][-1]['n']}"
         + (
             "; lines join several settings of one method"
             if found["frontiers"]
             else "; of each method one setting was run"
         ),
-        f"Scatter of {NAMES[axes_shown[0]]} against KL. KL: {_spoken(found, 'kl')}",
-        figure,
+        f"Scatter of {NAMES[found['axes'][0]]} against KL. KL: {_said(found, 'kl')}",
+        alt.hconcat(*panels, spacing=20),
     )
 
 
-def overoptimisation(plt, found: dict[str, Any], style: Style) -> Figure | None:
+def overoptimisation(found: dict[str, Any], style: Style) -> Figure | None:
+    """Rewards gained along each path, with the fitted laws: a row of panels for each family."""
     families = [f for f in ("rl", "preference", "imitation") if any(m in found["paths"] for m in style.of(f))]
-    metrics = [m for m in ("reward", "utility", "gold") if _has(found, m)]
+    metrics = _known(found, ("reward", "utility", "gold"))
     if not families:
         return None
-    panels = [*families, "best_of_n"]
-    figure, axes = plt.subplots(
-        len(metrics),
-        len(panels),
-        figsize=(3.1 * len(panels), 2.9 * len(metrics)),
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
-    laws = found["overoptimisation"]
     # Every path starts at the SFT policy, but for one whose new control tokens mean nothing yet.
     starts = [points[0] for points in found["paths"].values() if abs(points[0]["kl"]["mean"] or 0.0) < 0.01]
-    base = {metric: starts[0][metric]["mean"] if starts else None for metric in metrics}
-    for row, metric in enumerate(metrics):
-        for column, family in enumerate(panels):
-            axis = axes[row][column]
-            walked = {m: found["paths"][m] for m in style.of(family) if m in found["paths"]}
-            if family == "best_of_n":
-                walked = {"best of n": found["best_of_n_path"]}
-            for method, points in walked.items():
-                x = [np.sqrt(max(p["kl"]["mean"] or 0.0, 0.0)) for p in points]
-                start = base[metric] if family != "best_of_n" else points[0][metric]["mean"]  # other prompts
-                y = [np.nan if p[metric]["mean"] is None else p[metric]["mean"] - (start or 0.0) for p in points]
-                axis.plot(x, y, style.marker(method), color=style.colour(method), markersize=3.5, label=method)
-                law = laws.get(method, {}).get(metric)
-                if law is not None:
-                    band = law["band"]
-                    axis.plot(
-                        band["d"], band["gain"], color=style.colour(method), linestyle=style.line(method), linewidth=1
-                    )
-                    axis.fill_between(
-                        band["d"], band["low"], band["high"], color=style.colour(method), alpha=0.1, linewidth=0
-                    )
-                    if law["peak_kl"] is not None:
-                        axis.axvline(np.sqrt(law["peak_kl"]), color=style.colour(method), linewidth=0.5, alpha=0.6)
-            if row == 0:
-                axis.set_title(FAMILY_NAMES[family])
-                if axis.get_legend_handles_labels()[0]:
-                    axis.legend()
-            axis.set_xlabel("√KL(policy, SFT)")
-        axes[row][0].set_ylabel(f"{NAMES[metric]} gained")
-    peaks = [
-        f"{m} at KL {law['gold']['peak_kl']:.2f}"
-        for m, law in laws.items()
-        if law.get("gold", {}).get("peak_kl") is not None
-    ]
+    base = {metric: (starts[0][metric]["mean"] if starts else None) or 0.0 for metric in metrics}
+    laws, lines = found["overoptimisation"], []
+    for family in [*families, "best_of_n"]:
+        paths = {m: found["paths"][m] for m in style.of(family) if m in found["paths"]}
+        if family == "best_of_n":
+            paths = {"best of n": found["best_of_n_path"]}
+        panels = []
+        for metric in metrics:
+            points: Rows = []
+            for method, path in paths.items():
+                start = path[0][metric]["mean"] or 0.0 if family == "best_of_n" else base[metric]  # other prompts
+                points += [
+                    {"policy": None if family == "best_of_n" else method, "x": math.sqrt(max(p["kl"]["mean"] or 0.0, 0.0)), "y": p[metric]["mean"] - start}
+                    for p in path if p[metric]["mean"] is not None
+                ]  # fmt: skip
+            known = {m: law for m in paths if (law := laws.get(m, {}).get(metric)) is not None}
+            fitted = [
+                {"policy": None if family == "best_of_n" else method, "x": d, "y": gain, "low": low, "high": high, "order": i}
+                for method, law in known.items()
+                for i, (d, gain, low, high) in enumerate(zip(*(_thinned(law["band"][key]) for key in ("d", "gain", "low", "high")), strict=True))
+            ]  # fmt: skip
+            domain = span([point["y"] for point in points])
+            x, y = (
+                axis("x", "√KL(policy, SFT)", span([p["x"] for p in points])),
+                axis("y", f"{NAMES[metric]} gained", domain, alt.Y),
+            )
+            one = family == "best_of_n"
+            colour = alt.value(FAMILY_COLOURS["best_of_n"]) if one else style.colours
+            looks = {"color": colour, "opacity": faded()} | ({} if one else {"shape": style.shapes})
+            layers = [
+                alt.Chart(data(fitted)).mark_area(clip=True).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour, detail="policy:N", opacity=faded(0.1)),
+                alt.Chart(data(fitted)).mark_line(strokeWidth=1.2, clip=True).encode(
+                    x=x, y=y, color=colour, opacity=faded(), detail="policy:N", order="order:Q", **({} if one else {"strokeDash": style.dashes})
+                ),
+                alt.Chart(data(points)).mark_point(filled=True, size=18).encode(x=x, y=y, tooltip=tooltip(policy="policy", x="√KL", y="gained"), **looks),
+            ]  # fmt: skip
+            if not one:
+                ends = {point["policy"]: point for point in points}  # the last of each
+                layers += labels(list(ends.values()), x, y, (190, 170), style.colours)
+            panels.append(
+                alt.layer(*layers).properties(width=190, height=170, title=FAMILY_NAMES[family] if not panels else "")
+            )
+        lines.append(alt.hconcat(*panels, spacing=8))
+    peaks = [f"{m} at KL {law['gold']['peak_kl']:.2f}" for m, law in laws.items() if law.get("gold", {}).get("peak_kl") is not None]  # fmt: skip
     return Figure(
         "overoptimisation",
         "Three rewards along each path, on validation prompts: the reward model's, which was optimised; utility, which labels were drawn "
-        "from; and gold. Dots are the watched points of one run of training (best of n: n), lines the fits of Gao et al. (2023) with 95 % bands, thin "
-        "verticals where a fit peaks",
+        "from; and gold. Dots are the watched points of one run of training (best of n: n), lines the fits of Gao et al. (2023) with 95 % bands",
         "Gain in RM reward, utility and gold against the square root of KL. Gold peaks within reach: "
         + (", ".join(peaks) or "none")
         + ".",
-        figure,
+        alt.vconcat(*lines, spacing=10),
     )
 
 
-def compute(plt, found: dict[str, Any], style: Style) -> Figure | None:
+def compute(found: dict[str, Any], style: Style) -> Figure | None:
     judge = found["criterion"]
     if not found["paths"]:
         return None
-    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    rows: Rows = []
     for method, points in found["paths"].items():
         spent = found["cost"][method]
-        x = [spent["upstream"]["flops"] + p["share"] * spent["own"]["flops"] for p in points]
-        axis.plot(x, [p[judge]["mean"] for p in points], linestyle=style.line(method), marker=style.marker(method),
-                  markersize=3, color=style.colour(method), linewidth=1, label=method)  # fmt: skip
-    for value in found["equal_compute"]["flops"].values():
-        axis.axvline(value, color="grey", linewidth=0.6)
-    axis.set_xlabel("FLOPs spent, with all that the method needs before it starts")
-    axis.set_ylabel(f"{NAMES[judge]} on validation prompts")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        rows += [
+            {
+                "policy": method, "x": spent["upstream"]["flops"] + p["share"] * spent["own"]["flops"], "y": p[judge]["mean"], "at": p["share"],
+                "said": spoken(p[judge]),
+            }
+            for p in points if p[judge]["mean"] is not None
+        ]  # fmt: skip
+    budgets = list(found["equal_compute"]["flops"].values())
+    up = span([row["y"] for row in rows])
+    x = axis(
+        "x",
+        "FLOPs spent, with all that the method needs before it starts",
+        span([row["x"] for row in rows]),
+        large=True,
+    )
+    y = axis("y", f"{NAMES[judge]} on validation prompts", up, alt.Y)
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=style.colours, opacity=faded())
+    ends = {row["policy"]: {key: row[key] for key in ("policy", "x", "y")} for row in rows}
+    chart = alt.layer(
+        rule(budgets),
+        base.mark_line(strokeWidth=1.2).encode(strokeDash=style.dashes, order="at:Q"),
+        base.mark_point(filled=True, size=22).encode(
+            shape=style.shapes, tooltip=tooltip(policy="policy", x="FLOPs", said=NAMES[judge])
+        ),
+        *labels(list(ends.values()), x, y, (620, 380), style.colours),
+    ).properties(width=620, height=380)
     return Figure(
         "compute",
         "What compute buys: every method starts where its pairs, reward model and pool are paid for; grey: budgets of the tables",
         f"{NAMES[judge].capitalize()} over training against estimated floating-point operations, one line per method.",
-        figure,
+        chart,
     )
 
 
-def cost(plt, found: dict[str, Any], style: Style) -> Figure:
+def cost(found: dict[str, Any], style: Style) -> Figure:
     judge = found["axes"][0]
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for row, spent in found["cost"].items():
-        entry = found["methods"][row][judge]
-        if entry["mean"] is None:
-            continue
-        axis.errorbar(
-            spent["total"]["flops"], entry["mean"], yerr=_error(entry),
-            fmt=style.marker(row), color=style.colour(row), markersize=6, elinewidth=0.8, label=row,
-        )  # fmt: skip
-    axis.set_xscale("log")
-    axis.set_xlabel("FLOPs, upstream included")
-    axis.set_ylabel(NAMES[judge])
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    parts = ", ".join(f"{row} {spent['total']['flops']:.2g}" for row, spent in found["cost"].items())
+    spent = {row: of["total"]["flops"] for row, of in found["cost"].items()}
+    places = {
+        row: ({"mean": flops, "low": flops, "high": flops}, found["methods"][row][judge])
+        for row, flops in spent.items()
+        if found["methods"][row][judge]["mean"] is not None and flops > 0
+    }
     return Figure(
         "cost",
         "Cost of training against quality on test prompts (best of n pays at every answer besides)",
-        f"Total FLOPs: {parts}.",
-        figure,
+        f"Total FLOPs: {', '.join(f'{row} {flops:.2g}' for row, flops in spent.items())}.",
+        _scatter(found, style, places, ("FLOPs, upstream included", NAMES[judge]), (560, 340), log=True),
     )
 
 
-def length(plt, found: dict[str, Any], style: Style) -> Figure:
-    rows = _rows(found)
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 0.24 * len(rows) + 1.4), layout="constrained")
-    _points(axes[0], rows, style, "tokens")
-    _name_rows(axes[0], rows)
-    axes[0].set_xlabel("tokens per response")
-    if "tokens" in found["biases"].get("pairs", {}):
-        for side, line in (("chosen", "-"), ("rejected", ":")):
-            axes[0].axvline(
-                found["biases"]["pairs"]["tokens"][side],
-                color="grey",
-                linestyle=line,
-                linewidth=1,
-                label=f"{side} in the pairs",
-            )
-        axes[0].legend()
+def length(found: dict[str, Any], style: Style) -> Figure:
+    pairs = found["biases"].get("pairs", {}).get("tokens")
+    marks = {"tokens": [(pairs["chosen"], "line"), (pairs["rejected"], "dots")]} if pairs else None
     edges = found["length"]["edges"]
     names = [f"≤ {edge:g}" for edge in edges] + ([f"> {edges[-1]:g}"] if edges else ["all"])
-    for row, bins in found["length"]["methods"].items():
-        means = [np.nan if b["mean"] is None else b["mean"] for b in bins]
-        axes[1].plot(range(len(bins)), means, linestyle=style.line(row), marker=style.marker(row), markersize=3.5,
-                     linewidth=1, color=style.colour(row))  # fmt: skip
-    axes[1].set_xticks(range(len(names)), names)
-    axes[1].set_xlabel("tokens of the response")
-    axes[1].set_ylabel(NAMES[found["judge"]])
+    rows = [
+        {"policy": row, "x": names[i], "at": i, "y": of["mean"]}
+        for row, bins in found["length"]["methods"].items()
+        for i, of in enumerate(bins)
+        if of["mean"] is not None
+    ]
+    up = span([row["y"] for row in rows])
+    x = alt.X(
+        "x:N", sort=names, scale=alt.Scale(domain=names), title="tokens of the response", axis=alt.Axis(labelAngle=0)
+    )
+    y = axis("y", NAMES[found["judge"]], up, alt.Y)
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=style.colours, opacity=faded(), order="at:Q")
+    height = ROW_HEIGHT * len(found["methods"])
+    ends = {row["policy"]: {"policy": row["policy"], "x": row["x"], "y": row["y"]} for row in rows}
+    by_length = alt.layer(
+        base.mark_line(strokeWidth=1).encode(strokeDash=style.dashes),
+        base.mark_point(filled=True, size=22).encode(
+            shape=style.shapes, tooltip=tooltip(policy="policy", x="tokens", y=NAMES[found["judge"]])
+        ),
+        *labels(list(ends.values()), x, y, (300, height), style.colours, leaders=False),
+    ).properties(width=300, height=height)
+    tokens = _dots(found, style, {"tokens": "tokens per response"}, marks).hconcat[0].properties(width=240)
     return Figure(
         "length",
         "Length: tokens per response"
-        + (", beside those of the preference data," if "tokens" in found["biases"].get("pairs", {}) else "")
-        + " and reward by length (markers as on the left; bins with fewer than 20 responses are left out)",
-        f"Tokens per response: {_spoken(found, 'tokens', 1)}",
-        figure,
+        + (" (grey line: of chosen responses in the pairs, dotted: of rejected ones)" if pairs else "")
+        + ", and reward by length (bins with fewer than 20 responses are left out)",
+        f"Tokens per response: {_said(found, 'tokens', 1)}",
+        alt.hconcat(tokens, by_length, spacing=20),
     )
 
 
-def forgetting(plt, found: dict[str, Any], style: Style) -> Figure | None:
-    shown = [m for m in ("corpus_perplexity", "fact_recall") if _has(found, m)]
+def forgetting(found: dict[str, Any], style: Style) -> Figure | None:
+    shown = _known(found, ("corpus_perplexity", "fact_recall"))
     if not shown:
         return None
-    rows = [(row, metrics) for row, metrics in _rows(found) if metrics["corpus_perplexity"]["mean"] is not None]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown) + 1, 0.25 * len(rows) + 1.3), sharey=True, squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for axis, metric in zip(axes[0], shown, strict=True):
-        _points(axis, rows, style, metric)
-        axis.set_xlabel(metric.replace("_", " "))
-        axis.axvline(found["methods"]["sft"][metric]["mean"], color="grey", linewidth=0.8)
-        if metric == "corpus_perplexity":
-            axis.set_xscale("log")
-    _name_rows(axes[0][0], rows)
+    titles = {metric: metric.replace("_", " ") for metric in shown}
+    marks = {metric: [(found["methods"]["sft"][metric]["mean"], "line")] for metric in shown}
     return Figure(
         "forgetting",
         "What is forgotten of pretraining: perplexity of held-out corpus, and facts recalled; grey: the SFT policy",
-        " ".join(f"{metric.replace('_', ' ').capitalize()}: {_spoken(found, metric)}" for metric in shown),
-        figure,
+        " ".join(f"{title.capitalize()}: {_said(found, metric)}" for metric, title in titles.items()),
+        _dots(found, style, titles, marks, log=("corpus_perplexity",)),
     )
 
 
-def diversity(plt, found: dict[str, Any], style: Style) -> Figure:
-    rows = [(row, metrics) for row, metrics in _rows(found) if metrics["distinct_2"]["mean"] is not None]
-    shown = [m for m in ("entropy", "distinct_2", "self_similarity", "filler") if _has(found, m)]
-    names = {"entropy": "entropy, nats per response", "distinct_2": "distinct bigrams", "self_similarity": "self-similarity",
-             "filler": "share with filler"}  # fmt: skip
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.7 * len(shown) + 1, 0.25 * len(rows) + 1.3), sharey=True, squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for axis, metric in zip(axes[0], shown, strict=True):
-        _points(axis, rows, style, metric)
-        axis.set_xlabel(names[metric])
-        if metric == "filler" and "filler" in found["biases"].get("pairs", {}):
-            for side, line in (("chosen", "-"), ("rejected", ":")):
-                axis.axvline(found["biases"]["pairs"]["filler"][side], color="grey", linestyle=line, linewidth=1)
-    _name_rows(axes[0][0], rows)
+def diversity(found: dict[str, Any], style: Style) -> Figure:
+    titles = {"entropy": "entropy, nats per response", "distinct_2": "distinct bigrams", "self_similarity": "self-similarity",
+              "filler": "share with filler"}  # fmt: skip
+    shown = {metric: titles[metric] for metric in _known(found, tuple(titles))}
+    pairs = found["biases"].get("pairs", {}).get("filler")
+    marks = {"filler": [(pairs["chosen"], "line"), (pairs["rejected"], "dots")]} if pairs else None
     return Figure(
         "diversity",
         "How varied answers to one prompt are"
         + (
-            ", and how the annotator's taste for filler is amplified (grey line: share among chosen responses, dotted: among "
-            "rejected ones)"
-            if "filler" in found["biases"].get("pairs", {})
+            ", and how the annotator's taste for filler is amplified (grey line: share among chosen responses, dotted: among rejected ones)"
+            if pairs
             else ""
         ),
-        f"Distinct bigrams: {_spoken(found, 'distinct_2')}"
-        + (f" Share with filler: {_spoken(found, 'filler')}" if "filler" in shown else ""),
-        figure,
+        f"Distinct bigrams: {_said(found, 'distinct_2')}"
+        + (f" Share with filler: {_said(found, 'filler')}" if "filler" in shown else ""),
+        _dots(found, style, shown, marks),
     )
 
 
-def best_of_n(plt, found: dict[str, Any], style: Style) -> Figure:
+def best_of_n(found: dict[str, Any], style: Style) -> Figure:
     curve = found["best_of_n"]
-    n = np.array([row["n"] for row in curve])
-    wins = next(
-        axis
-        for axis in ("preferred", "win_rate_vs_sft")
-        if axis == "win_rate_vs_sft" or curve[0][axis]["mean"] is not None
-    )
-    bound = {wins: n / (n + 1), "kl": np.log(n) - (n - 1) / n}
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.4), layout="constrained")
-    for metric, line, colour in (("reward", "-", "#CC79A7"), ("utility", "--", "#0072B2"), ("gold", ":", "#000000")):
-        if (known := [row for row in curve if row[metric]["mean"] is not None]) and known[0]["n"] == 1:
-            gained = np.array([row[metric]["mean"] for row in known]) - known[0][metric]["mean"]
-            low, high = (
-                np.array([row[metric][end] for row in known]) - known[0][metric]["mean"] for end in ("low", "high")
-            )
-            axes[0].fill_between([row["n"] for row in known], low, high, alpha=0.12, color=colour, linewidth=0)
-            axes[0].plot(
-                [row["n"] for row in known], gained, line, marker="o", markersize=3, color=colour, label=NAMES[metric]
-            )
-    axes[0].set_title("gained over n = 1")
-    axes[0].legend()
+    wins = "preferred" if curve[0]["preferred"]["mean"] is not None else "win_rate_vs_sft"
+    over_n = alt.X("n:Q", title="n", scale=alt.Scale(type="log", base=2, nice=False), axis=alt.Axis(format="d"))
+    width, height = 190, 220
+    looks = {"reward": ("#CC79A7", [1, 0]), "utility": ("#0072B2", [6, 3]), "gold": ("#000000", [2, 2])}
+    gained = [
+        {"name": NAMES[metric], "n": row["n"], "y": row[metric]["mean"] - curve[0][metric]["mean"], "said": spoken(row[metric]),
+         "low": row[metric]["low"] - curve[0][metric]["mean"], "high": row[metric]["high"] - curve[0][metric]["mean"]}
+        for metric in looks if curve[0]["n"] == 1 and curve[0][metric]["mean"] is not None
+        for row in curve if row[metric]["mean"] is not None
+    ]  # fmt: skip
+
+    def panel(rows: Rows, title: str, colour, dash, bound: Rows = ()) -> alt.LayerChart:
+        domain = span([row[key] for row in rows for key in ("low", "high")] + [row["y"] for row in bound])
+        base = alt.Chart(data(rows)).encode(x=over_n, color=colour)
+        up = axis("y", title, domain, alt.Y)
+        layers = [
+            base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q", detail="name:N"),
+            base.mark_line(strokeWidth=1.3).encode(y=up, strokeDash=dash, detail="name:N"),
+            base.mark_point(filled=True, size=18).encode(y=up, tooltip=tooltip(name="", n="n", said=title)),
+        ]
+        if bound:
+            under = alt.Chart(data(bound)).encode(x=over_n, y=up)
+            layers.append(under.mark_line(strokeDash=[5, 3], strokeWidth=1, color="#000000"))
+        ends = {
+            row["name"]: {"policy": None, "name": row["name"], "x": row["n"], "y": row["y"]} for row in [*rows, *bound]
+        }
+        layers += labels(list(ends.values()), over_n, up, (width, height), alt.value("#404040"), leaders=False)
+        return alt.layer(*layers).properties(width=width, height=height)
+
+    colour = alt.Color("name:N", legend=None, scale=alt.Scale(domain=[NAMES[m] for m in looks], range=[c for c, _ in looks.values()]))  # fmt: skip
+    dash = alt.StrokeDash("name:N", legend=None, scale=alt.Scale(domain=[NAMES[m] for m in looks], range=[d for _, d in looks.values()]))  # fmt: skip
+    panels = [panel(gained, "gained over n = 1", colour, dash)] if gained else []
     titles = {wins: NAMES.get(wins, "wins against SFT"), "kl": "KL to SFT, nats"}
-    for axis, metric in zip(axes[1:], (wins, "kl"), strict=True):
-        known = [i for i, row in enumerate(curve) if row[metric]["mean"] is not None]
-        low, mean, high = (np.array([curve[i][metric][key] for i in known]) for key in ("low", "mean", "high"))
-        axis.fill_between(n[known], low, high, alpha=0.25, color=FAMILY_COLOURS["best_of_n"])
-        axis.plot(n[known], mean, marker="o", markersize=3, color=FAMILY_COLOURS["best_of_n"])
-        axis.plot(n, bound[metric], "k--", label="bound")
-        axis.legend()
-        axis.set_title(titles[metric])
-    for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("n")
+    bounds = {wins: lambda n: n / (n + 1), "kl": lambda n: math.log(n) - (n - 1) / n}
+    for metric, title in titles.items():
+        rows = [
+            {"name": "best of n", "n": r["n"], "y": r[metric]["mean"], "low": r[metric]["low"], "high": r[metric]["high"], "said": spoken(r[metric])}
+            for r in curve if r[metric]["mean"] is not None
+        ]  # fmt: skip
+        most = [{"name": "bound", "n": r["n"], "y": bounds[metric](r["n"])} for r in curve]
+        panels.append(panel(rows, title, alt.value(FAMILY_COLOURS["best_of_n"]), alt.value([1, 0]), most))
     first = found["axes"][0]
     values = ", ".join(f"n = {row['n']}: {row[first]['mean']:.2f}" for row in curve if row[first]["mean"] is not None)
-    return Figure("best_of_n", f"Best of n without training, from one pool (unbiased order-statistic estimate), on the {found['deep_prompts']} test prompts "
+    return Figure(
+        "best_of_n",
+        f"Best of n without training, from one pool (unbiased order-statistic estimate), on the {found['deep_prompts']} test prompts "
         "that have the most samples: three rewards, how often it is chosen over SFT, and its KL",
-                  f"{NAMES[first].capitalize()}: {values}.", figure)  # fmt: skip
+        f"{NAMES[first].capitalize()}: {values}.",
+        alt.hconcat(*panels, spacing=24),
+    )
 
 
-def training(plt, learning: pd.DataFrame, style: Style) -> Figure | None:
+def training(learning: pd.DataFrame, style: Style) -> Figure | None:
     panels = [
-        ("accuracy", "implicit-reward accuracy"), ("margin", "implicit-reward margin"),
-        ("chosen_logp", "log π: chosen (marked), rejected (thin)"), ("score", "RM score of episodes"),
-        ("entropy", "entropy per token of episodes"), ("kl_old_new", "KL(old, new) of an iteration"),
+        [("accuracy", "implicit-reward accuracy"), ("margin", "implicit-reward margin"), ("chosen_logp", "log π: chosen, and rejected (thin)")],
+        [("score", "RM score of episodes"), ("entropy", "entropy per token"), ("kl_old_new", "KL(old, new) of an iteration")],
     ]  # fmt: skip
     if not len(learning):
         return None
-    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.8), layout="constrained")
-    for axis, (metric, title) in zip(axes.flat, panels, strict=True):
-        for policy, curve in learning.groupby("policy", sort=False):
-            if curve[metric].notna().any():
-                every = max(len(curve) // 8, 1)
-                smooth = curve[metric].rolling(3, center=True, min_periods=1).mean()
-                axis.plot(curve["share"], smooth, color=style.colour(policy), linestyle=style.line(policy), linewidth=1,
-                          marker=style.marker(policy), markevery=every, markersize=3.5, label=policy)  # fmt: skip
-                if metric == "chosen_logp":
-                    axis.plot(curve["share"], curve["rejected_logp"].rolling(3, center=True, min_periods=1).mean(),
-                              color=style.colour(policy), linestyle=style.line(policy), linewidth=0.6)  # fmt: skip
-        axis.set_title(title)
-        axis.set_xlabel("share of training")
-        if axis.lines:
-            axis.legend()
+    lines = [
+        alt.hconcat(*(drawn for metric, title in row if (drawn := _learned(learning, metric, title, style)) is not None), spacing=8)
+        for row in panels
+        if any(learning[metric].notna().any() for metric, _ in row)
+    ]  # fmt: skip
     return Figure(
         "training",
         "Training curves (means, where there are several seeds): the DPO family above (and the log-probabilities of chosen and rejected responses), "
         "the RL family below",
         "Six panels of training curves: accuracy and margin of implicit rewards, log-probabilities of chosen and rejected "
         "responses, RM score, entropy and policy change per iteration.",
-        figure,
+        alt.vconcat(*lines, spacing=10),
+    )
+
+
+def _learned(learning: pd.DataFrame, metric: str, title: str, style: Style) -> alt.LayerChart | None:
+    """One metric over training, a line for each policy that has it."""
+    rows, thin, ends = [], [], []
+    for policy, curve in learning.groupby("policy", sort=False):
+        if curve[metric].isna().all():
+            continue
+        of = [(metric, rows)] + ([("rejected_logp", thin)] if metric == "chosen_logp" else [])
+        for name, into in of:
+            smooth = pd.DataFrame(
+                {"x": curve["share"], "y": curve[name].rolling(3, center=True, min_periods=1).mean()}
+            ).dropna()
+            into += [
+                {"policy": policy, "x": float(x), "y": float(y)} for x, y in _thinned([*smooth.itertuples(index=False)])
+            ]
+        ends.append(rows[-1])
+    if not rows:
+        return None
+    up = span([row["y"] for row in [*rows, *thin]])
+    x, y = axis("x", "share of training", [0.0, 1.0]), axis("y", None, up, alt.Y)
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=style.colours, opacity=faded())
+    layers = [
+        base.mark_line(strokeWidth=1.2).encode(
+            strokeDash=style.dashes, tooltip=tooltip(policy="policy", x="share of training", y=title)
+        )
+    ]
+    if thin:
+        layers.append(
+            alt.Chart(data(thin))
+            .mark_line(strokeWidth=0.6)
+            .encode(x=x, y=y, color=style.colours, strokeDash=style.dashes, opacity=faded())
+        )
+    return alt.layer(*layers, *labels(ends, x, y, (190, 190), style.colours)).properties(
+        width=190, height=190, title=title
     )

@@ -4,7 +4,7 @@ import re
 from html import escape
 
 from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, Table, Text
-from rlhf_vs_dpo.report.figures import Figure
+from rlhf_vs_dpo.report.charts import Figure
 from rlhf_vs_dpo.report.marks import Piece
 
 

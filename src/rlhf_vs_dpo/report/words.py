@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rlhf_vs_dpo.report.figures import NAMES
+NAMES = {
+    "preferred": "share preferred to SFT",
+    "gold": "gold reward",
+    "utility": "utility",
+    "objective": "objective",
+    "reward": "RM reward",
+}
 
 
 def number(entry: dict[str, float | None], digits: int = 2) -> str:
@@ -78,8 +84,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if "sft" not in measured or len(measured) < 2:
         return ["Too few policies finished a response to be compared."]
     lines = len(found["seeds"])
-    said = [axes_explained(found)]
-    said += _answered(found, lines) if found["answers"] else _described(found, lines)
+    said = _answered(found, lines) if found["answers"] else _described(found, lines)
     failed = _failed(found)
     return said + ([failed] if failed else [])
 

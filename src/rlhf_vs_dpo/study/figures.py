@@ -1,17 +1,32 @@
-"""The four figures of the study. Families have a panel each, so that a handful of lines share one; methods are told apart by marker, too."""
+"""The four figures of the study. Families have a panel each, so that a handful of lines share one."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
 
 from rlhf_vs_dpo.config import FAMILIES
-from rlhf_vs_dpo.report.figures import FAMILY_COLOURS, FAMILY_NAMES, MARKERS, NAMES
+from rlhf_vs_dpo.report.charts import (
+    FAMILY_NAMES,
+    Figure,
+    Style,
+    axis,
+    data,
+    faded,
+    labels,
+    rule,
+    save,
+    span,
+    tooltip,
+)  # fmt: skip
+from rlhf_vs_dpo.report.words import NAMES
 from rlhf_vs_dpo.study import search
 
 # What a trial is plotted as, by how it ended: one that diverged has no place of its own and lies at the start.
-OUTCOMES = {"finished": "o", "collapsed": "x", "diverged": "v"}
+OUTCOMES = {"finished": "circle", "collapsed": "cross", "diverged": "triangle-down"}
+SIZE = (190, 240)
 
 
 def draw(
@@ -29,34 +44,24 @@ def draw(
     start       what the SFT policy of the line is worth, by metric
     upstream    method -> FLOPs of the stages that it needs before its first trial
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    study = _Study(plt, trials, families, start, criterion, upstream)
+    study = _Study(trials, families, start, criterion, upstream)
     made = {
-        "expected_best": study.expected_best,
-        "trials": study.strips,
-        "frontier": study.frontier,
-        "compute": study.compute,
+        "expected_best": study.expected_best(),
+        "trials": study.strips(),
+        "frontier": study.frontier(),
+        "compute": study.compute(),
     }
-    paths = []
-    for name, make in made.items():
-        figure = make()
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-    return paths
+    return save([Figure(name, "", "", chart) for name, chart in made.items()], folder)
 
 
 class _Study:
-    def __init__(self, plt, trials, families, start, criterion, upstream):
-        self.plt, self.trials, self.start, self.criterion, self.upstream = plt, trials, start, criterion, upstream
+    def __init__(self, trials, families, start, criterion, upstream):
+        self.trials, self.start, self.criterion, self.upstream = trials, start, criterion, upstream
         self.most = int(trials.groupby("method")["trial"].max().min())
         known = list(dict.fromkeys(trials["method"]))
         self.families = {family: [method for method in known if families[method] == family] for family in FAMILIES}
         self.families = {family: methods for family, methods in self.families.items() if methods}
+        self.style = Style({method: family for family, of in self.families.items() for method in of})
 
     def of(self, method: str) -> pd.DataFrame:
         return self.trials[self.trials["method"] == method]
@@ -64,151 +69,107 @@ class _Study:
     def values(self, method: str) -> np.ndarray:
         return search.values(self.of(method), self.criterion, self.start[self.criterion])
 
-    def panels(self):
-        """A figure with a panel for each family: (figure, [(axis, methods with their looks)])."""
-        figure, axes = self.plt.subplots(
-            1, len(self.families), figsize=(4.2 * len(self.families), 3.6), sharey=True, squeeze=False, layout="constrained"
-        )  # fmt: skip
-        for axis, family in zip(axes[0], self.families, strict=True):
-            axis.set_title(FAMILY_NAMES[family], color=FAMILY_COLOURS[family])
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0][0].set_ylabel(f"{NAMES[self.criterion]}, expected best")
-        return figure, [(axis, self.looks(*item)) for axis, item in zip(axes[0], self.families.items(), strict=True)]
+    def best_of(self, method: str) -> list[dict[str, Any]]:
+        """Rows `policy, k, y, low, high, flops`: what the best of k trials is to be expected to be worth, and what they cost."""
+        values = self.values(method)
+        low, high = search.interval(values, self.most, self.style.rows.index(method))
+        each = float(self.of(method)["flops"].mean())
+        return [
+            {"policy": method, "k": k + 1, "y": float(y), "low": float(low[k]), "high": float(high[k]), "flops": self.upstream[method] + (k + 1) * each}
+            for k, y in enumerate(search.expected_best(values, self.most))
+        ]  # fmt: skip
 
-    def looks(self, family: str, methods: list[str]) -> Iterator[tuple[str, str, str]]:
-        return zip(methods, shades(FAMILY_COLOURS[family], len(methods)), MARKERS, strict=False)
+    def lines(self, field: str, across: dict[str, alt.X], band: bool) -> alt.HConcatChart:
+        """The expected best of each method over `field`, a panel for each family, on one scale."""
+        rows = {family: [row for method in of for row in self.best_of(method)] for family, of in self.families.items()}
+        keys = ("low", "high") if band else ("y",)
+        domain = span([row[key] for of in rows.values() for row in of for key in keys])
+        panels = []
+        for family, of in rows.items():
+            x, y = across[family], axis("y", f"{NAMES[self.criterion]}, expected best", domain, alt.Y)
+            base = alt.Chart(data(of)).encode(x=x, color=self.style.colours, opacity=faded())
+            shown = tooltip(policy="method", k="trials", y="expected best")
+            layers = [
+                base.mark_line(strokeWidth=1.4).encode(y=y, strokeDash=self.style.dashes),
+                base.mark_point(filled=True, size=22).encode(y=y, shape=self.style.shapes, tooltip=shown),
+            ]
+            if band:
+                layers.insert(0, base.mark_area().encode(y=alt.Y("low:Q"), y2="high:Q", opacity=faded(0.1)))
+            ends = {row["policy"]: {"policy": row["policy"], "x": row[field], "y": row["y"]} for row in of}
+            layers += labels(list(ends.values()), x, y, SIZE, self.style.colours, leaders=False)
+            panels.append(alt.layer(*layers).properties(width=SIZE[0], height=SIZE[1], title=FAMILY_NAMES[family]))
+        return alt.hconcat(*panels, spacing=8)
 
-    def expected_best(self):
+    def expected_best(self) -> alt.HConcatChart:
         """What the best of k trials is to be expected to be worth."""
-        k = np.arange(1, self.most + 1)
-        figure, panels = self.panels()
-        for axis, methods in panels:
-            ends = []
-            for number, (method, colour, marker) in enumerate(methods):
-                values = self.values(method)
-                low, high = search.interval(values, self.most, number)
-                line = search.expected_best(values, self.most)
-                axis.fill_between(k, low, high, color=colour, alpha=0.1, linewidth=0)
-                axis.plot(k, line, color=colour, marker=marker, markersize=4)
-                ends.append((line[-1], method, colour))
-            label_ends(axis, k[-1], ends)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(powers(self.most), [str(n) for n in powers(self.most)])
-            axis.set_xlabel("trials")
-        return figure
+        x = alt.X("k:Q", title="trials", scale=alt.Scale(type="log", base=2, domain=[1, self.most], nice=False), axis=alt.Axis(format="d"))  # fmt: skip
+        return self.lines("k", dict.fromkeys(self.families, x), band=True)
 
-    def strips(self):
+    def compute(self) -> alt.HConcatChart:
+        """What a good policy costs with its search."""
+        across = {}
+        for family, methods in self.families.items():
+            spent = [row["flops"] for method in methods for row in self.best_of(method)]
+            across[family] = axis("flops", "FLOPs, search included", span(spent, log=True), large=True, type="log")
+        return self.lines("flops", across, band=False)
+
+    def strips(self) -> alt.LayerChart:
         """Every trial: the spread is the sensitivity."""
-        methods = [method for of in self.families.values() for method in of]
-        figure, axis = self.plt.subplots(figsize=(8.4, 0.34 * len(methods) + 1.2), layout="constrained")
-        colour = {m: FAMILY_COLOURS[family] for family, of in self.families.items() for m in of}
-        names = []
-        for place, method in enumerate(methods):
+        begin = self.start[self.criterion]
+        rows, names = [], {}
+        for method in self.style.rows:
             table = self.of(method)
-            for outcome, marker in OUTCOMES.items():
-                shown = table[table["outcome"] == outcome]
-                axis.scatter(
-                    shown[self.criterion].fillna(self.start[self.criterion]), np.full(len(shown), place), marker=marker, s=22,
-                    color=colour[method], alpha=0.7, linewidths=1.2,
-                )  # fmt: skip
             gone = int((table["outcome"] != "finished").sum())
-            names.append(f"{method} ({gone} of {len(table)} lost)" if gone else method)
-        axis.axvline(self.start[self.criterion], color="black", linestyle=":", linewidth=1)
-        axis.text(self.start[self.criterion], -0.8, "SFT", ha="center", fontsize=8)
-        axis.set_yticks(range(len(methods)), names)
-        axis.invert_yaxis()
-        axis.set_xlabel(f"{NAMES[self.criterion]} of each trial (x: collapsed, triangle: diverged)")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        return figure
-
-    def frontier(self):
-        """All trials over KL, with the hull of each method."""
-        shown = [m for m in ("preferred", "utility", "gold") if self.trials[m].notna().any()] or [self.criterion]
-        figure, axes = self.plt.subplots(
-            len(shown), len(self.families), figsize=(4.2 * len(self.families), 2.9 * len(shown)), sharex=True, sharey="row",
-            squeeze=False, layout="constrained",
+            names[method] = f"{method} ({gone} of {len(table)} lost)" if gone else method
+            rows += [
+                {"policy": method, "name": names[method], "x": begin if pd.isna(trial[self.criterion]) else trial[self.criterion],
+                 "outcome": trial["outcome"], "settings": trial["settings"]}
+                for trial in table[["outcome", "settings", self.criterion]].to_dict("records")
+            ]  # fmt: skip
+        order = list(names.values())
+        domain = span([begin, *(row["x"] for row in rows)])
+        looks = alt.Shape("outcome:N", legend=None, scale=alt.Scale(domain=list(OUTCOMES), range=list(OUTCOMES.values())))  # fmt: skip
+        y = alt.Y("name:N", sort=order, title=None, scale=alt.Scale(domain=order), axis=alt.Axis(ticks=False, domain=False, grid=True, labelLimit=260))  # fmt: skip
+        points = alt.Chart(data(rows)).mark_point(size=40, strokeWidth=1.3).encode(
+            x=axis("x", f"{NAMES[self.criterion]} of each trial (cross: collapsed, triangle: diverged); grey: the SFT policy", domain),
+            y=y, color=self.style.colours, shape=looks, opacity=faded(0.8),
+            tooltip=tooltip(policy="method", x=NAMES[self.criterion], outcome="outcome", settings="settings"),
         )  # fmt: skip
-        for column, (family, methods) in enumerate(self.families.items()):
-            axes[0][column].set_title(FAMILY_NAMES[family], color=FAMILY_COLOURS[family])
-            for method, colour, marker in self.looks(family, methods):
-                table = self.of(method)
-                table = table[table["outcome"] != "diverged"]
-                for line, metric in enumerate(shown):
-                    axis = axes[line][column]
+        return alt.layer(rule([begin]), points).properties(width=560, height=22 * len(order))
+
+    def frontier(self) -> alt.VConcatChart:
+        """All trials over KL, with the hull of each method."""
+        metrics = [m for m in ("preferred", "utility", "gold") if self.trials[m].notna().any()] or [self.criterion]
+        lines = []
+        for metric in metrics:
+            up = span([self.start[metric], *self.trials[metric].dropna()])
+            panels = []
+            for family, methods in self.families.items():
+                rows, hulls, ends = [], [], []
+                for method in methods:
+                    table = self.of(method)
+                    table = table[table["outcome"] != "diverged"]
                     kl = np.concatenate([[0.0], table["kl"]])
                     value = np.concatenate([[self.start[metric]], table[metric]])
-                    axis.scatter(
-                        kl[1:],
-                        value[1:],
-                        color=colour,
-                        marker=marker,
-                        s=16,
-                        alpha=0.6,
-                        label=method if line == 0 else None,
-                    )
-                    hull = search.hull(kl, value)
-                    axis.plot(kl[hull], value[hull], color=colour, linewidth=1.4)
-            axes[-1][column].set_xlabel("KL from the SFT policy, nats per response")
-            axes[0][column].legend(fontsize=7, loc="lower right", framealpha=0.6)
-        for line, metric in enumerate(shown):
-            axes[line][0].set_ylabel(NAMES[metric])
-            for axis in axes[line]:
-                axis.grid(alpha=0.3)
-                axis.set_xscale("symlog", linthresh=0.5)
-                axis.spines[["top", "right"]].set_visible(False)
-        return figure
-
-    def compute(self):
-        """What a good policy costs with its search."""
-        k = np.arange(1, self.most + 1)
-        figure, panels = self.panels()
-        for axis, methods in panels:
-            for method, colour, marker in methods:
-                line = search.expected_best(self.values(method), self.most)
-                spent = (self.upstream[method] + k * self.of(method)["flops"].mean()) / 1e12
-                axis.plot(spent, line, color=colour, marker=marker, markersize=4)
-                axis.annotate(
-                    method,
-                    (spent[-1], line[-1]),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=colour,
-                    va="center",
-                )
-            axis.set_xscale("log")
-            axis.set_xlabel("10¹² floating-point operations, search included")
-        return figure
-
-
-def shades(colour: str, count: int) -> list[tuple[float, ...]]:
-    """From a dark tone of a colour to a light one."""
-    from matplotlib.colors import to_rgb
-
-    tones = np.linspace(-0.45, 0.45, count) if count > 1 else [0.0]
-    full = np.array(to_rgb(colour))
-    return [tuple(full * (1 + tone) if tone < 0 else full + (1 - full) * tone) for tone in tones]
-
-
-def powers(most: int) -> list[int]:
-    """1, 2, 4 ... up to `most`."""
-    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
-
-
-def label_ends(axis, place: float, ends: list[tuple[float, str, str]]) -> None:
-    """The name of each line where it ends, pushed apart so that none covers another."""
-    low, high = axis.get_ylim()
-    gap, last = 0.045 * (high - low), -np.inf
-    for value, method, colour in sorted(ends):
-        last = max(value, last + gap)
-        axis.annotate(
-            method,
-            (place, value),
-            xytext=(place * 1.08, last),
-            fontsize=7,
-            color=colour,
-            va="center",
-            annotation_clip=False,
-        )
+                    rows += [
+                        {"policy": method, "x": float(a), "y": float(b), "settings": of}
+                        for a, b, of in zip(kl[1:], value[1:], table["settings"], strict=True)
+                    ]
+                    found = search.hull(kl, value)
+                    hulls += [{"policy": method, "x": float(kl[i]), "y": float(value[i]), "at": n} for n, i in enumerate(found)]  # fmt: skip
+                    ends.append({"policy": method, "x": float(kl[found[-1]]), "y": float(value[found[-1]])})
+                most = max([1.0, *(row["x"] for row in rows)])
+                x = axis("x", "KL from the SFT policy, nats per response", [-0.02, most * 1.1], type="symlog", constant=0.5)  # fmt: skip
+                y = axis("y", NAMES[metric], up, alt.Y)
+                chart = alt.layer(
+                    alt.Chart(data(hulls)).mark_line(strokeWidth=1.4).encode(x=x, y=y, color=self.style.colours, order="at:Q", opacity=faded()),
+                    alt.Chart(data(rows)).mark_point(filled=True, size=22).encode(
+                        x=x, y=y, color=self.style.colours, shape=self.style.shapes, opacity=faded(0.6),
+                        tooltip=tooltip(policy="method", x="KL", y=NAMES[metric], settings="settings"),
+                    ),
+                    *labels(ends, x, y, SIZE, self.style.colours),
+                )  # fmt: skip
+                title = FAMILY_NAMES[family] if not lines else ""
+                panels.append(chart.properties(width=SIZE[0], height=SIZE[1], title=title))
+            lines.append(alt.hconcat(*panels, spacing=8))
+        return alt.vconcat(*lines, spacing=8)
