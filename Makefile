@@ -79,4 +79,4 @@ profile: install
 	@python -m rlhf_vs_dpo.run.profiles "$(NAME)"
 
 lint: $(VENV)/.tested
-	ruff check . && ruff format --check .
+	ruff check . && ruff format --check . && mypy

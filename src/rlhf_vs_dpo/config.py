@@ -604,9 +604,9 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
         f"{place}: unknown key `{key}`; check its spelling, or remove it" for key in params.keys() - SECTIONS.keys()
     ]
 
-    def attempt(*names: str) -> Any:
+    def attempt(name: str, method: str | None = None) -> Any:
         try:
-            return section(params, *names, place=place)
+            return section(params, name, method, place)
         except ParamsError as error:
             faults.append(str(error))
 

@@ -181,7 +181,9 @@ def test_a_policy_is_picked_out_everywhere(browser, pages):
     assert picked() == ({"ppo"}, {"ppo"}, {"ppo"})
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     assert picked() == (set(), {""}, set()) and faded() > 0.8
-    marks = browser.find_elements(By.CSS_SELECTOR, "#figure-comparison svg [aria-roledescription='point'][aria-label*='policy: dpo']")
+    marks = browser.find_elements(
+        By.CSS_SELECTOR, "#figure-comparison svg [aria-roledescription='point'][aria-label*='policy: dpo']"
+    )
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", marks[0])
     ActionChains(browser).move_to_element(marks[0]).pause(0.3).perform()
     assert "dpo" in browser.find_element(By.ID, "vg-tooltip-element").text

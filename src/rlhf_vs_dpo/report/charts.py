@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import altair as alt
+
+from rlhf_vs_dpo.report.words import Entry
 
 # Okabe and Ito 2008, told apart in all common kinds of colour-blindness.
 FAMILY_COLOURS = {
@@ -42,7 +44,7 @@ class Figure(NamedTuple):
     name: str
     caption: str
     alt: str
-    chart: alt.TopLevelMixin
+    chart: Any  # of altair
 
 
 class Style:
@@ -104,7 +106,7 @@ def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def spoken(entry: dict[str, float | None], digits: int = 2) -> str:
+def spoken(entry: Entry, digits: int = 2) -> str:
     """`1.81 (1.75 to 1.87)`: what is shown where the pointer is."""
     return f"{entry['mean']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
 
@@ -122,12 +124,21 @@ def span(values: Iterable[float | None], log: bool = False) -> list[float]:
 
 
 def axis(
-    field: str, title: str | None, domain: list[float] | None = None, kind: type = alt.X, large: bool = False, **of: Any
+    field: str,
+    title: str | None,
+    domain: list[float] | None = None,
+    kind: type = alt.X,
+    large: bool = False,
+    scale: Literal["linear", "log", "symlog"] = "linear",
 ) -> Any:
-    """A quantitative channel with a title; `large` numbers get a unit (2M, 3T), and `of` goes to the scale."""
-    plain = {} if of.get("type") == "log" else {"zero": False}
-    scale = alt.Scale(nice=False, **plain, **({"domain": domain} if domain else {}), **of)
-    return kind(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(format="~s") if large else alt.Undefined)
+    """A quantitative channel with a title; `large` numbers get a unit (2M, 3T); `symlog` is linear up to about 0.5."""
+    of: dict[str, Any] = {"type": scale, "nice": False}
+    of |= {} if scale == "log" else {"zero": False}  # a logarithmic scale has none
+    of |= {"constant": 0.5} if scale == "symlog" else {}
+    of |= {"domain": domain} if domain else {}
+    return kind(
+        f"{field}:Q", title=title, scale=alt.Scale(**of), axis=alt.Axis(format="~s") if large else alt.Undefined
+    )
 
 
 def tooltip(**titles: str) -> list[alt.Tooltip]:
@@ -180,7 +191,7 @@ def rule(values: list[float], colour: str = GREY, dash: list[int] | None = None,
     )
 
 
-def spec(chart: alt.TopLevelMixin, background: str = "transparent") -> dict[str, Any]:
+def spec(chart: Any, background: str = "transparent") -> dict[str, Any]:
     """A chart as Vega-Lite, with what all have in common."""
     known = chart.to_dict()
     known.pop("$schema", None)
@@ -202,7 +213,7 @@ def spec(chart: alt.TopLevelMixin, background: str = "transparent") -> dict[str,
     return known
 
 
-def picture(chart: alt.TopLevelMixin, path: Path) -> Path:
+def picture(chart: Any, path: Path) -> Path:
     """Write a chart as PNG."""
     import matplotlib
     import vl_convert

@@ -255,7 +255,7 @@ def anchor(row: str) -> str:
     return "trace-" + "".join(c if c.isalnum() else "-" for c in row).strip("-")
 
 
-def cell(entry: dict[str, float | None] | None, digits: int) -> Cell:
+def cell(entry: words.Entry | None, digits: int) -> Cell:
     """Mean with half the width of its 95 % interval, or a dash where the source cannot tell."""
     if entry is None or entry["mean"] is None:
         return Cell("–")

@@ -1,7 +1,7 @@
 """The figures of the report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import altair as alt
@@ -22,7 +22,7 @@ from rlhf_vs_dpo.report.charts import (
     spoken,
     tooltip,
 )  # fmt: skip
-from rlhf_vs_dpo.report.words import NAMES, signed
+from rlhf_vs_dpo.report.words import NAMES, Entry, signed
 
 Rows = list[dict[str, Any]]
 ROW_HEIGHT = 19
@@ -58,7 +58,7 @@ def _said(found: dict[str, Any], metric: str, digits: int = 2) -> str:
     return ", ".join(f"{row} {mean:.{digits}f}" for row, mean in means.items() if mean is not None) + "."
 
 
-def _entry(row: str, entry: dict[str, float], metric: str = "x") -> dict[str, Any]:
+def _entry(row: str, entry: Entry, metric: str = "x") -> dict[str, Any]:
     """A mean with its interval as fields `x, x_low, x_high, x_said`."""
     return {
         "policy": row, metric: entry["mean"], f"{metric}_low": entry["low"], f"{metric}_high": entry["high"],
@@ -69,7 +69,7 @@ def _entry(row: str, entry: dict[str, float], metric: str = "x") -> dict[str, An
 def _dots(
     found: dict[str, Any], style: Style, metrics: dict[str, str], marks: dict[str, list[tuple[float, str]]] | None = None,
     log: tuple[str, ...] = (), beside: dict[str, tuple[str, str]] | None = None,
-) -> alt.HConcatChart:  # fmt: skip
+) -> Any:  # fmt: skip
     """A panel for each metric, a row for each policy: its mean and interval.
 
     metrics    metric -> title
@@ -82,7 +82,6 @@ def _dots(
     for number, (metric, title) in enumerate(metrics.items()):
         shown = [(row, found["methods"][row][metric]) for row in order]
         rows = [_entry(row, entry) for row, entry in shown if entry["mean"] is not None]
-        scale = {"type": "log"} if metric in log else {}
         every = [row[key] for row in rows for key in ("x_low", "x_high")]
         y = alt.Y(
             "policy:N",
@@ -123,7 +122,10 @@ def _dots(
                 alt.Chart(data(runs)).mark_tick(color=GREY, thickness=1, size=5, yOffset=7).encode(x="x:Q", y=y, opacity=faded(0.9))
             )  # fmt: skip
         layers += [
-            base.mark_rule().encode(x=axis("x_low", title, span(every, metric in log), **scale), x2="x_high:Q"),
+            base.mark_rule().encode(
+                x=axis("x_low", title, span(every, metric in log), scale="log" if metric in log else "linear"),
+                x2="x_high:Q",
+            ),
             base.mark_point(size=42, filled=True).encode(x="x:Q", shape=style.shapes, tooltip=said),
         ]
         panels.append(alt.layer(*layers).properties(width=(WIDE - 120) / len(metrics), height=ROW_HEIGHT * len(order)))
@@ -185,9 +187,9 @@ def comparison(found: dict[str, Any], style: Style) -> Figure:
 
 
 def _scatter(
-    found: dict[str, Any], style: Style, places: dict[str, tuple[dict[str, float], dict[str, float]]], titles: tuple[str, str],
-    size: tuple[int, int], under: list[Rows] = (), log: bool = False,
-) -> alt.LayerChart:  # fmt: skip
+    found: dict[str, Any], style: Style, places: dict[str, tuple[Entry, Entry]], titles: tuple[str, str],
+    size: tuple[int, int], under: Sequence[Rows] = (), log: bool = False,
+) -> Any:  # fmt: skip
     """Policies in a plane, with intervals both ways and names at the right.
 
     places    policy -> (x, y), each a mean with its interval
@@ -200,7 +202,7 @@ def _scatter(
         log,
     )
     up = span([row[k] for row in rows for k in ("y_low", "y_high")] + [point["y"] for point in drawn])
-    x = axis("x", titles[0], across, large=log, **({"type": "log"} if log else {}))
+    x = axis("x", titles[0], across, large=log, scale="log" if log else "linear")
     y = axis("y", titles[1], up, alt.Y)
     base = alt.Chart(data(rows)).encode(color=style.colours, opacity=faded())
     layers = [
@@ -230,7 +232,7 @@ def _of_n(found: dict[str, Any], x: str, y: str) -> list[Rows]:
     return [[{"policy": None, "x": r[x]["mean"], "y": r[y]["mean"], "at": r["n"]} for r in known]] if known else []
 
 
-def _pairs(found: dict[str, Any], x: str, y: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+def _pairs(found: dict[str, Any], x: str, y: str) -> dict[str, tuple[Entry, Entry]]:
     both = {row: (m[x], m[y]) for row, m in found["methods"].items()}
     return {row: (a, b) for row, (a, b) in both.items() if a["mean"] is not None and b["mean"] is not None}
 
@@ -288,7 +290,7 @@ def overoptimisation(found: dict[str, Any], style: Style) -> Figure | None:
         paths = {m: found["paths"][m] for m in style.of(family) if m in found["paths"]}
         if family == "best_of_n":
             paths = {"best of n": found["best_of_n_path"]}
-        panels = []
+        panels: list[Any] = []
         for metric in metrics:
             points: Rows = []
             for method, path in paths.items():
@@ -381,7 +383,7 @@ def compute(found: dict[str, Any], style: Style) -> Figure | None:
 def cost(found: dict[str, Any], style: Style) -> Figure:
     judge = found["axes"][0]
     spent = {row: of["total"]["flops"] for row, of in found["cost"].items()}
-    places = {
+    places: dict[str, tuple[Entry, Entry]] = {
         row: ({"mean": flops, "low": flops, "high": flops}, found["methods"][row][judge])
         for row, flops in spent.items()
         if found["methods"][row][judge]["mean"] is not None and flops > 0
@@ -478,7 +480,7 @@ def best_of_n(found: dict[str, Any], style: Style) -> Figure:
         for row in curve if row[metric]["mean"] is not None
     ]  # fmt: skip
 
-    def panel(rows: Rows, title: str, colour, dash, bound: Rows = ()) -> alt.LayerChart:
+    def panel(rows: Rows, title: str, colour, dash, bound: Sequence[dict[str, Any]] = ()) -> Any:
         domain = span([row[key] for row in rows for key in ("low", "high")] + [row["y"] for row in bound])
         base = alt.Chart(data(rows)).encode(x=over_n, color=colour)
         up = axis("y", title, domain, alt.Y)
@@ -541,9 +543,11 @@ def training(learning: pd.DataFrame, style: Style) -> Figure | None:
     )
 
 
-def _learned(learning: pd.DataFrame, metric: str, title: str, style: Style) -> alt.LayerChart | None:
+def _learned(learning: pd.DataFrame, metric: str, title: str, style: Style) -> Any:
     """One metric over training, a line for each policy that has it."""
-    rows, thin, ends = [], [], []
+    rows: Rows = []
+    thin: Rows = []
+    ends: Rows = []
     for policy, curve in learning.groupby("policy", sort=False):
         if curve[metric].isna().all():
             continue

@@ -76,4 +76,4 @@ def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script, from the package that also makes the pictures."""
     import vl_convert
 
-    return vl_convert.javascript_bundle()
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub says less than it does

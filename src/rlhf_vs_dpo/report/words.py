@@ -4,11 +4,14 @@ One line, or two, are described: no sentence draws a conclusion about methods, f
 three on, the planned questions are answered (`evaluation.questions`).
 """
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+Entry = Mapping[str, Any]  # `mean`, `low`, `high`: numbers, or None where a metric is not known
 
 NAMES = {
     "preferred": "share preferred to SFT",
@@ -19,14 +22,14 @@ NAMES = {
 }
 
 
-def number(entry: dict[str, float | None], digits: int = 2) -> str:
+def number(entry: Entry, digits: int = 2) -> str:
     """`1.81 (1.75 to 1.87)`, or a dash."""
     if entry["mean"] is None:
         return "–"
     return f"{entry['mean']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
 
 
-def signed(entry: dict[str, float | None], digits: int = 2) -> str:
+def signed(entry: Entry, digits: int = 2) -> str:
     """`+0.12 (+0.05 to +0.19)`, or a dash."""
     if entry["mean"] is None:
         return "–"
@@ -44,7 +47,7 @@ def pair(found: dict[str, Any], a: str, b: str) -> dict[str, Any]:
     raise KeyError((a, b))
 
 
-def _turned(entry: dict[str, float | None]) -> dict[str, float | None]:
+def _turned(entry: Entry) -> Entry:
     if entry["mean"] is None:
         return entry
     return {"mean": -entry["mean"], "low": -entry["high"], "high": -entry["low"]}
@@ -97,8 +100,8 @@ def _described(found: dict[str, Any], lines: int) -> list[str]:
         ranges.append(f"{NAMES[axis]} from {number(values[low])} ({low}) to {number(values[high])} ({high})")
     said = f"On {found['prompts']} test prompts these policies range in {'; in '.join(ranges)}"
     if len(found["axes"]) == 2:
-        both = [[m[axis]["mean"] for axis in found["axes"]] for m in found["methods"].values()]
-        both = np.array([pair for pair in both if None not in pair], dtype=float)
+        means = [[m[axis]["mean"] for axis in found["axes"]] for m in found["methods"].values()]
+        both = np.array([pair for pair in means if None not in pair], dtype=float)
         rank = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 else float("nan")
         if np.isfinite(rank):
             said += f". The two orders of rows correlate by {rank:.2f} (Spearman: 1 is the same order, 0 no relation, −1 the reverse)"
@@ -152,9 +155,9 @@ def _failed(found: dict[str, Any]) -> str | None:
         seen = {name: both[kind]["shown"] for name, both in found["failures"].items()}
         of = [name for name, shows in seen.items() if shows and not name.startswith("best of")]
         over_n = [name for name in seen if name.startswith("best of")]
-        for shows, names in groupby(over_n, seen.__getitem__):  # n one after another that show it
+        for shows, of_n in groupby(over_n, seen.__getitem__):  # n one after another that show it
             if shows:
-                run = [*names]
+                run = [*of_n]
                 until = " and more" if run[-1] == over_n[-1] else f" to {run[-1].removeprefix('best of ')}"
                 of.append(run[0] + (until if len(run) > 1 else ""))
         told.append(f"{words}: {listed(of) or 'none'}")

@@ -91,7 +91,7 @@ def take_avx2() -> bool:
     if mkl is None:
         return False
     if not mkl.mkl_serv_intel_cpu_true():
-        function = ctypes.cast(mkl.mkl_serv_intel_cpu_true, ctypes.c_void_p).value
+        function = ctypes.cast(mkl.mkl_serv_intel_cpu_true, ctypes.c_void_p).value or 0
         instruction = ctypes.string_at(function, 6)
         if not instruction.startswith(b"\x8b\x05"):
             return False
@@ -103,8 +103,10 @@ def take_avx2() -> bool:
 def _mkl() -> ctypes.CDLL | None:
     """The library in which torch carries MKL; None where there is none."""
     found = importlib.util.find_spec("torch")
-    library = Path(found.submodule_search_locations[0]) / "lib" / "libtorch_cpu.so"
-    if "MKL_CBWR" not in fixed_environment({}) or not library.exists():  # no x86-64, or another build
+    if found is None or found.origin is None or "MKL_CBWR" not in fixed_environment({}):
+        return None
+    library = Path(found.origin).with_name("lib") / "libtorch_cpu.so"
+    if not library.exists():
         return None
     try:
         mkl = ctypes.CDLL(str(library))

@@ -181,9 +181,9 @@ def plan(file: str = "dvc.yaml") -> tuple[list[list[list[str]]], list[str]]:
         stale |= {above for stage in stale for above in networkx.ancestors(graph, stage)} & asked
         order = {stage: number for number, stage in enumerate(repo.index.stages)}  # that of dvc.yaml
         waiting = graph.subgraph(stale)
-        alone = sorted((stage for stage in stale if not waiting.degree(stage)), key=order.get)
+        alone = sorted((stage for stage in stale if not waiting.degree(stage)), key=order.__getitem__)
         waves = [
-            [stage.addressing for stage in sorted(wave, key=order.get)]
+            [stage.addressing for stage in sorted(wave, key=order.__getitem__)]
             for wave in networkx.topological_generations(waiting.subgraph(stale - set(alone)).reverse())
         ]
         tail: list[str] = []

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from rlhf_vs_dpo.errors import DataError
 
@@ -96,7 +96,7 @@ class Recorder:
         return self.run_id
 
 
-def _line() -> tuple[TextIO, TextIO, subprocess.Popen | None]:
+def _line() -> tuple[IO[str], IO[str], subprocess.Popen | None]:
     """Where to say things, where answers come, and the process that does it, if it is this stage's own."""
     if place := os.environ.get(SHARED):
         line = socket.socket(socket.AF_UNIX)
@@ -111,6 +111,7 @@ def _line() -> tuple[TextIO, TextIO, subprocess.Popen | None]:
         [sys.executable, "-m", "rlhf_vs_dpo.run.recorder"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None  # both are pipes
     return process.stdin, process.stdout, process
 
 
@@ -270,7 +271,7 @@ def _converse(line: socket.socket) -> None:
         pass
 
 
-def serve(said: TextIO, answers: TextIO) -> bool:
+def serve(said: IO[str], answers: IO[str]) -> bool:
     """Record one run from the lines that are said until they end; False where MLflow did not take it."""
 
     def answer(**content: Any) -> None:

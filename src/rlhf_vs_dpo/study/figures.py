@@ -79,7 +79,7 @@ class _Study:
             for k, y in enumerate(search.expected_best(values, self.most))
         ]  # fmt: skip
 
-    def lines(self, field: str, across: dict[str, alt.X], band: bool) -> alt.HConcatChart:
+    def lines(self, field: str, across: dict[str, alt.X], band: bool) -> Any:
         """The expected best of each method over `field`, a panel for each family, on one scale."""
         rows = {family: [row for method in of for row in self.best_of(method)] for family, of in self.families.items()}
         keys = ("low", "high") if band else ("y",)
@@ -100,20 +100,20 @@ class _Study:
             panels.append(alt.layer(*layers).properties(width=SIZE[0], height=SIZE[1], title=FAMILY_NAMES[family]))
         return alt.hconcat(*panels, spacing=8)
 
-    def expected_best(self) -> alt.HConcatChart:
+    def expected_best(self) -> Any:
         """What the best of k trials is to be expected to be worth."""
         x = alt.X("k:Q", title="trials", scale=alt.Scale(type="log", base=2, domain=[1, self.most], nice=False), axis=alt.Axis(format="d"))  # fmt: skip
         return self.lines("k", dict.fromkeys(self.families, x), band=True)
 
-    def compute(self) -> alt.HConcatChart:
+    def compute(self) -> Any:
         """What a good policy costs with its search."""
         across = {}
         for family, methods in self.families.items():
             spent = [row["flops"] for method in methods for row in self.best_of(method)]
-            across[family] = axis("flops", "FLOPs, search included", span(spent, log=True), large=True, type="log")
+            across[family] = axis("flops", "FLOPs, search included", span(spent, log=True), large=True, scale="log")
         return self.lines("flops", across, band=False)
 
-    def strips(self) -> alt.LayerChart:
+    def strips(self) -> Any:
         """Every trial: the spread is the sensitivity."""
         begin = self.start[self.criterion]
         rows, names = [], {}
@@ -137,10 +137,10 @@ class _Study:
         )  # fmt: skip
         return alt.layer(rule([begin]), points).properties(width=560, height=22 * len(order))
 
-    def frontier(self) -> alt.VConcatChart:
+    def frontier(self) -> Any:
         """All trials over KL, with the hull of each method."""
         metrics = [m for m in ("preferred", "utility", "gold") if self.trials[m].notna().any()] or [self.criterion]
-        lines = []
+        lines: list[Any] = []
         for metric in metrics:
             up = span([self.start[metric], *self.trials[metric].dropna()])
             panels = []
@@ -159,7 +159,7 @@ class _Study:
                     hulls += [{"policy": method, "x": float(kl[i]), "y": float(value[i]), "at": n} for n, i in enumerate(found)]  # fmt: skip
                     ends.append({"policy": method, "x": float(kl[found[-1]]), "y": float(value[found[-1]])})
                 most = max([1.0, *(row["x"] for row in rows)])
-                x = axis("x", "KL from the SFT policy, nats per response", [-0.02, most * 1.1], type="symlog", constant=0.5)  # fmt: skip
+                x = axis("x", "KL from the SFT policy, nats per response", [-0.02, most * 1.1], scale="symlog")  # fmt: skip
                 y = axis("y", NAMES[metric], up, alt.Y)
                 chart = alt.layer(
                     alt.Chart(data(hulls)).mark_line(strokeWidth=1.4).encode(x=x, y=y, color=self.style.colours, order="at:Q", opacity=faded()),
