@@ -105,12 +105,12 @@ def _described(found: dict[str, Any], lines: int) -> list[str]:
         rank = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 else float("nan")
         if np.isfinite(rank):
             said += f". The two orders of rows correlate by {rank:.2f} (Spearman: 1 is the same order, 0 no relation, −1 the reverse)"
-    few, missing = ("One line was run", "twice") if lines == 1 else ("Two lines were run", "half")
+    few, missing = ("One line was run", "four times") if lines == 1 else ("Two lines were run", "one and a half times")
     return [
         said + ".",
         f"{few} (a line is a run of the whole pipeline from one seed: its own SFT policy, pairs, reward model, and one run of each method). "
         "That describes these policies; another line can order them otherwise, so no conclusion about methods is drawn. "
-        f"`make profile NAME=seeds && make repro` runs lines 0, 1 and 2. What is done is kept; what is missing takes about {missing} as long as this run "
+        f"`make profile NAME=seeds && make repro` runs lines 0 to 4. What is done is kept; what is missing takes about {missing} as long as this run "
         "took (run.html has its seconds). From three lines on, the planned questions are answered.",
     ]
 

@@ -113,8 +113,8 @@ def _run_of(entry: dict[str, Any]) -> str:
     """The run of a policy; best-of-n without training has none, and gets one of its own beside that of its line's pool."""
     folder, seed = entry["folder"], entry["seed"]
     if entry["family"] != "best_of_n":
-        return read_run(Path("runs") / f"{folder}.json")["run_id"]
-    pool = read_run(Path("runs") / f"pool-{seed}.json")["run_id"]
+        return store.known_as(read_run(Path("runs") / f"{folder}.json")["run_id"])
+    pool = store.known_as(read_run(Path("runs") / f"pool-{seed}.json")["run_id"])
     client, experiment = store.client(), store.experiment(store.EXPERIMENT)
     found = client.search_runs([experiment], f"tags.policy = '{folder}' and tags.`pool.run` = '{pool}'", max_results=1)
     if found:

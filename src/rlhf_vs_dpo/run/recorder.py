@@ -3,12 +3,16 @@
     {"create": "rl@ppo-0", "tags": {...}, "params": {...}}     first; the answer is {"run_id": ...} or {"error": ...}
     {"metrics": {...}, "step": 10, "tags": {...}}              also alone
     {"reads": ["data/prompts.parquet"]}, {"artifact": "report/report.md"}
-    {"end": "FINISHED"}                                        last; the answer is {"end": ...} or {"error": ...}
+    {"end": "FINISHED"}                                        last; the answer is {"end": ...} or {"error": ...}, with {"unsent": key}
+                                                               where a journal still holds what MLflow does not have
 
 Importing MLflow takes as long as importing torch does; here it happens meanwhile, and under `make repro` once for all stages: they share
 the process that `shared` starts. A stage by itself starts its own. A stage that is killed says no `end`, and its run is marked FAILED.
+What is said goes through a file (`journal`), so that MLflow may be away meanwhile.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import queue
@@ -25,9 +29,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.run import journal, store
 
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
-FLUSH_SECONDS = 5.0
 SHARED = "RLHF_RECORDER"  # the socket of a process that several stages share
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
 WRITTEN_BY_HAND = ("src", "stages", "data/mini_tldr", "dvc.yaml", "params.yaml", "constraints.txt")
@@ -40,6 +44,7 @@ class Recorder:
         self.said, self.answers, self.process = _line()
         self.run_id: str | None = None
         self.failure: str | None = None
+        self.unsent: str | None = None
         self.answered, self.ended = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -52,12 +57,16 @@ class Recorder:
                 continue
             self.run_id = answer.get("run_id", self.run_id)
             self.failure = answer.get("error", self.failure)
-            self.answered.set()
+            self.unsent = answer.get("unsent", self.unsent)
+            if "notice" in answer:
+                print(f"\nwarning [mlflow]: {answer['notice']}", file=sys.stderr)
+            else:
+                self.answered.set()
         self.answered.set()
         self.ended.set()
 
     def begun(self) -> str | None:
-        """Wait until the run has an id, and return it."""
+        """Wait until the run has an id, and return it; None where MLflow is silent for too long."""
         self.answered.wait()
         return self.run_id
 
@@ -78,7 +87,8 @@ class Recorder:
     def end(self, status: str) -> str | None:
         """End the run, wait until MLflow has everything, and return the run's id.
 
-        Raises DataError if MLflow did not take it all (not for a run that FAILED: its own error matters more).
+        Where MLflow is silent for too long, what it does not have is kept, and the id of a run that it has never heard of is that of
+        its journal (`store.known_as`). Raises DataError if MLflow did not take it all (not for a run that FAILED: its own error matters more).
         """
         try:
             self.tell(end=status)
@@ -93,7 +103,15 @@ class Recorder:
                 self.failure
                 or "the process that tells MLflow ended early; its message stands above, or in logs/mlflow.log"
             )
-        return self.run_id
+        if self.unsent is None:
+            return self.run_id
+        minutes = journal.SILENT_SECONDS / 60
+        print(
+            f"\nwarning [mlflow]: MLflow has not answered for {minutes:g} minutes; what it does not have of this run is kept in "
+            f"{journal.folder()}, and `{journal.SEND}` sends it",
+            file=sys.stderr,
+        )
+        return self.run_id or store.JOURNAL + self.unsent
 
 
 def _line() -> tuple[IO[str], IO[str], subprocess.Popen | None]:
@@ -176,44 +194,35 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-class Writer:
-    """One run of the store."""
+class Machine:
+    """MLflow's own looks at processor, memory, disk, network and GPU, said as other metrics are: an outage loses none of them."""
 
-    def __init__(self, name: str, tags: dict[str, str], params: dict[str, Any]):
-        from rlhf_vs_dpo.run import store
+    def __init__(self, say: Callable[..., None]):
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-        # First of all: it makes the store where there is none, one process at a time.
-        row = store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES
-        place = store.experiment(store.STUDY if "study" in tags or name.startswith("tuning/") else row)
-        self.store, self.client = store, store.client()
-        made = self.client.create_run(place, run_name=tags.get("policy", name), tags=tags_of(name, tags))
-        self.run_id = made.info.run_id
-        self.client.log_batch(self.run_id, params=store.params(params))
-        self.waiting: list[Any] = []
-        self.flushed = time.monotonic()
+        self.say, self.looks, self.done = say, [CPUMonitor(), DiskMonitor(), NetworkMonitor()], threading.Event()
+        with contextlib.suppress(Exception):  # of NVIDIA's library, where there is no GPU
+            self.looks.append(GPUMonitor())
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
 
-    def take(self, message: dict[str, Any]) -> None:
-        from mlflow.entities import RunTag
+    def _watch(self) -> None:
+        for step in itertools.count():
+            for look in self.looks:
+                look.collect_metrics()
+            if self.done.wait(SYSTEM_SECONDS):
+                return
+            seen = [look.aggregate_metrics() for look in self.looks]
+            self.say(metrics={f"system/{name}": value for part in seen for name, value in part.items()}, step=step)
+            for look in self.looks:
+                look.clear_metrics()
 
-        if "metrics" in message:
-            self.waiting += self.store.metrics(message["metrics"], message["step"])
-        for key, value in message.get("tags", {}).items():
-            self.client.set_tag(self.run_id, key, value)
-        if "reads" in message:
-            used = hashes(message["reads"], message["of_dvc"])
-            self.client.log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in used.items()])
-            if tables := self.store.datasets(used):
-                self.client.log_inputs(self.run_id, tables)
-        if "artifact" in message:
-            self.client.log_artifact(self.run_id, message["artifact"])
-        if len(self.waiting) >= self.store.BATCH or time.monotonic() - self.flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        while self.waiting:
-            self.client.log_batch(self.run_id, metrics=self.waiting[: self.store.BATCH])
-            self.waiting = self.waiting[self.store.BATCH :]
-        self.flushed = time.monotonic()
+    def finish(self) -> None:
+        self.done.set()
+        self.thread.join()
 
 
 def hashes(paths: list[str], of_dvc: bool) -> dict[str, str]:
@@ -240,6 +249,10 @@ def hashes(paths: list[str], of_dvc: bool) -> dict[str, str]:
 def main() -> None:
     """Serve the stage on standard input and output, or all that connect to the socket whose number is given."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    # Once, and before there are threads: two that import MLflow at the same time find half of it.
+    import mlflow.tracking  # noqa: F401
+
+    threading.Thread(target=_send_left, daemon=True).start()
     if len(sys.argv) == 1:
         sys.exit(0 if serve(sys.stdin, answers) else 1)
     door, conversations = socket.socket(fileno=int(sys.argv[1])), []
@@ -260,6 +273,12 @@ def main() -> None:
         conversation.join()
 
 
+def _send_left() -> None:
+    """What stages before could not send, tried once."""
+    with contextlib.suppress(journal.Unanswered, DataError):
+        journal.send_left(lambda notice: print(notice, file=sys.stderr))
+
+
 def _converse(line: socket.socket) -> None:
     try:
         with line, line.makefile("r") as said, line.makefile("w") as answers:
@@ -278,61 +297,76 @@ def serve(said: IO[str], answers: IO[str]) -> bool:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        try:
-            for line in said:
-                lines.put(line)
-        except (OSError, ValueError):  # hung up
-            pass
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        _record(lines, answer)
-    except Exception as error:
-        answer(error=str(error) if isinstance(error, DataError) else f"MLflow: {type(error).__name__}: {error}")
-        return False
-    return True
-
-
-def _record(lines: queue.Queue, answer: Callable[..., None]) -> None:
-    import logging
-
-    first = lines.get()
-    if first is None:
-        return
-    said = json.loads(first)
-    writer = Writer(said["create"], said["tags"], said["params"])
-    answer(run_id=writer.run_id)
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-    monitor = SystemMetricsMonitor(
-        writer.run_id, sampling_interval=SYSTEM_SECONDS, tracking_uri=writer.store.tracking_uri()
-    )
-    monitor.start()
-    status = "FAILED"  # of a stage that is killed
+    begun = said.readline()
+    if not begun:
+        return True
+    kept = journal.Journal()
+    sender = journal.Sender(kept, lambda notice: answer(notice=notice))
+    heard: queue.Queue[dict[str, Any] | Exception] = queue.Queue()
+    threading.Thread(target=_hear, args=[begun, said, sender, heard], daemon=True).start()
     try:
         while True:
             try:
-                line = lines.get(timeout=FLUSH_SECONDS)
+                message = heard.get(timeout=journal.FLUSH_SECONDS)
             except queue.Empty:
-                writer.flush()
+                sender.flush()
                 continue
-            if line is None:
-                break
-            message = json.loads(line)
-            writer.take(message)
+            if isinstance(message, Exception):
+                raise message
+            sender.send(message)
+            if "create" in message:
+                answer(run_id=sender.run_id)
             if "end" in message:
-                status = message["end"]
+                answer(end=message["end"])
+                return True
+    except journal.Unanswered:
+        kept.close()
+        answer(end="unsent", unsent=kept.key)
+        return True
+    except Exception as error:
+        kept.remove()
+        answer(error=str(error) if isinstance(error, DataError) else f"MLflow: {type(error).__name__}: {error}")
+        return False
+
+
+def _hear(begun: str, said: IO[str], sender: journal.Sender, heard: queue.Queue) -> None:
+    """Write down what a stage says, until it ends or hangs up, and pass it on."""
+    watching: Machine | None = None
+
+    def say(**message: Any) -> None:
+        heard.put(sender.journal.add(message))
+
+    try:
+        for line in itertools.chain([begun], _until_hung_up(said)):
+            message = json.loads(line)
+            if "create" in message:
+                name, tags = message["create"], message["tags"]
+                row = store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES
+                message["experiment"] = store.STUDY if "study" in tags or name.startswith("tuning/") else row
+                message["tags"] = tags_of(name, tags)
+                say(**message)
+                watching = Machine(say)
+                continue
+            if "reads" in message:
+                message = {"inputs": hashes(message["reads"], message["of_dvc"])}
+            if "end" in message:
                 break
-        writer.flush()
-    finally:
-        monitor.finish()
-        writer.client.set_terminated(writer.run_id, status)
-    answer(end=status)
+            say(**message)
+        else:
+            message = {"end": "FAILED"}  # of a stage that is killed
+        if watching is not None:
+            watching.finish()
+        sender.ended = True
+        say(**message)
+    except Exception as error:
+        heard.put(error)
+
+
+def _until_hung_up(said: IO[str]) -> Iterator[str]:
+    try:
+        yield from said
+    except (OSError, ValueError):
+        return
 
 
 if __name__ == "__main__":

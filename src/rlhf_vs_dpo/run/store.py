@@ -22,6 +22,7 @@ STUDY = "rlhf-vs-dpo study"  # what `make tune` runs: trials, each under the sea
 UI = "http://127.0.0.1:5000"  # of `make ui`
 VIEW = "comparison"  # the view of the runs that `make ui` opens
 BATCH = 1000  # metrics that MLflow takes at once
+JOURNAL = "journal:"  # how the id of a run begins that MLflow did not know yet when its stage ended (run/journal.py)
 LOCKED_SECONDS = 60  # how long a process waits for others that write to the same SQLite file
 
 
@@ -39,7 +40,9 @@ def client():
     """A client of the store, which must be there: `experiment` makes it."""
     from mlflow.tracking import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it narrates the making of its tables
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it narrates tables that are made, and locks
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # `journal` tries again, and says so
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     file = database()
     return MlflowClient(tracking_uri=tracking_uri() if file is None else f"sqlite:///{file}?timeout={LOCKED_SECONDS}")
 
@@ -95,14 +98,14 @@ def _unusable(error: Exception) -> DataError:
     )
 
 
-def metrics(values: dict[str, float], step: int = 0) -> list[Any]:
-    """What MLflow can take of `values`: it has no NaN."""
+def metrics(values: dict[str, float], step: int = 0, at: int | None = None) -> list[Any]:
+    """What MLflow can take of `values`: it has no NaN. `at` is when they were said, in milliseconds; None: now."""
     import math
 
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    return [Metric(name, float(value), now, step) for name, value in values.items() if math.isfinite(value)]
+    at = int(time.time() * 1000) if at is None else at
+    return [Metric(name, float(value), at, step) for name, value in values.items() if math.isfinite(value)]
 
 
 def params(values: dict[str, Any]) -> list[Any]:
@@ -143,11 +146,29 @@ def ui() -> str:
     return uri.rstrip("/") if uri.startswith("http") else UI
 
 
+def known_as(run_id: str) -> str:
+    """The id of a run; of one that had none yet when its stage ended (`journal:<key>`) the id that it has got since.
+
+    Raises MlflowException where this store does not have it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    key = run_id.removeprefix(JOURNAL)
+    if key == run_id:
+        return run_id
+    places = [place.experiment_id for place in client().search_experiments()]
+    found = client().search_runs(places, f"tags.journal = '{key}'", max_results=1)
+    if not found:
+        raise MlflowException(f"{run_id} has not been sent to this store yet")
+    return found[0].info.run_id
+
+
 def link(run_id: str) -> str | None:
     """Address of a run in the UI that `make ui` starts; None where this store does not have it."""
     import mlflow.exceptions
 
     try:
+        run_id = known_as(run_id)
         found = client().get_run(run_id).info.experiment_id
     except mlflow.exceptions.MlflowException:
         return None

@@ -1,0 +1,248 @@
+"""What is said of a run reaches MLflow whole, once and in order, whatever MLflow does meanwhile."""
+
+import json
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.tracking import MlflowClient
+
+from rlhf_vs_dpo.run import journal, store
+from rlhf_vs_dpo.run.journal import Journal, Sender, Unanswered
+
+BEGIN = {"create": "rl@x-0", "experiment": store.STAGES, "tags": {"policy": "x-0"}, "params": {"beta": 0.1}}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(journal.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05)))
+    return tmp_path
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """A store behind a door: shut, it does not answer; `lost` calls are carried out and their answers lost."""
+
+    class Door:
+        shut, lost, calls = False, 0, 0
+
+        def __call__(self):
+            return Client(store_client())
+
+    class Client:
+        def __init__(self, real):
+            self.real = real
+
+        def __getattr__(self, name):
+            real = getattr(self.real, name)
+
+            def call(*args, **kwargs):
+                door.calls += 1
+                if door.shut:
+                    raise MlflowException("API request failed: connection refused")
+                found = real(*args, **kwargs)
+                if door.lost:
+                    door.lost -= 1
+                    raise MlflowException("API request failed: connection reset")
+                return found
+
+            return call
+
+    store_client, door = store.client, Door()
+    monkeypatch.setattr(store, "client", door)
+    monkeypatch.setattr(journal, "out_of_reach", lambda error: "API request failed" in str(error))
+    return door
+
+
+def steps(count: int) -> list[dict]:
+    return [{"metrics": {"loss": 1.0 / (step + 1)}, "step": step} for step in range(count)]
+
+
+def say(sender: Sender, *messages: dict) -> None:
+    for message in messages:
+        sender.send(sender.journal.add(message))
+
+
+def stored(folder, name="x-0"):
+    """The runs of that name in the store, and the history of their loss."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    place = client.get_experiment_by_name(store.STAGES).experiment_id
+    runs = [run for run in client.search_runs([place]) if run.info.run_name == name]
+    return runs, [[(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "loss")] for run in runs]
+
+
+def whole(count: int) -> list[list[tuple[int, float]]]:
+    return [[(step, pytest.approx(1.0 / (step + 1))) for step in range(count)]]
+
+
+def test_answers_that_are_lost_cost_nothing_and_nothing_is_there_twice(here, away):
+    said = []
+    sender = Sender(Journal(), said.append)
+    store.experiment(store.STAGES)
+    for message in [
+        BEGIN,
+        *steps(5),
+        {"tags": {"a": "b"}},
+        {"inputs": {"data/x.parquet": "0" * 32}},
+        {"end": "FINISHED"},
+    ]:
+        away.lost = 2  # of each kind of call: the first two answers
+        sender.flushed = 0.0  # each line is sent by itself
+        say(sender, message)
+    (run,), history = stored(here)
+    assert history == whole(5) and run.info.status == "FINISHED" and run.data.params == {"beta": "0.1"}
+    assert run.data.tags["a"] == "b" and len(run.inputs.dataset_inputs) == 1
+    assert not list(journal.folder().glob("*.jsonl")) and not list(journal.folder().glob("*.sent"))
+    assert (
+        said[0].startswith("MLflow does not answer")
+        and said[1] == "MLflow answers again"
+        and not journal.silence().exists()
+    )
+
+
+def test_training_goes_on_while_mlflow_is_away_and_everything_is_sent_in_order(here, away):
+    kept = Journal()
+    sender = Sender(kept, lambda text: None)
+    store.experiment(store.STAGES)
+    lines = [kept.add(message) for message in [BEGIN, *steps(200), {"end": "FINISHED"}]]  # all said; nothing sent
+    away.shut = True
+    threading.Timer(0.5, lambda: setattr(away, "shut", False)).start()
+    for line in lines:
+        sender.send(line)
+    (run,), history = stored(here)
+    assert history == whole(200) and run.info.status == "FINISHED"
+    assert (
+        run.info.end_time == lines[-1]["at"] and run.info.start_time == lines[0]["at"]
+    )  # when it was said, not when it was sent
+
+
+def test_a_stage_that_has_ended_waits_no_longer_than_it_must_and_its_run_is_sent_later(here, away):
+    sender = Sender(Journal(), lambda text: None, patience=0.3)
+    store.experiment(store.STAGES)
+    away.shut = sender.ended = True
+    for message in [BEGIN, *steps(3), {"end": "FINISHED"}]:
+        line = sender.journal.add(message)
+        with pytest.raises(Unanswered):
+            sender.send(line)
+    sender.journal.close()
+    known = store.JOURNAL + sender.journal.key
+    with pytest.raises(Unanswered):  # and whoever comes next asks once
+        journal.send_left(print)
+    away.shut = False
+    with pytest.raises(MlflowException, match="has not been sent"):
+        store.known_as(known)
+    assert journal.send_left(print) == 1 and journal.send_left(print) == 0
+    (run,), history = stored(here)
+    assert history == whole(3) and store.known_as(known) == run.info.run_id == store.known_as(run.info.run_id)
+
+
+@pytest.mark.parametrize("sent", [0, 1, 3, 6])
+def test_what_a_killed_process_left_is_found_and_its_run_failed(here, sent):
+    kept = Journal()
+    sender = Sender(kept, lambda text: None)
+    lines = [kept.add(message) for message in [BEGIN, *steps(5)]]
+    for line in lines[:sent]:
+        sender.flushed = 0.0
+        sender.send(line)
+    kept.close()  # as the end of its process does
+    with kept.path.open("a") as file:
+        file.write('{"metrics": {"loss": 9')
+    assert journal.send_left(print) == 1
+    (run,), history = stored(here)
+    assert history == whole(5) and run.info.status == "FAILED"
+
+
+def test_a_journal_has_one_that_attends_to_it(here):
+    kept = Journal()
+    kept.add(BEGIN)
+    assert list(journal.left()) == []
+    kept.close()
+    (found,) = journal.left()
+    assert found.key == kept.key and found.lines() == kept.lines()
+
+
+def test_a_run_that_mlflow_refuses_is_set_aside_and_named(here, away):
+    for params in ({"a": 1}, {"b": "2"}):
+        kept = Journal()
+        kept.add(BEGIN | {"params": params, "experiment": None if "a" in params else store.STAGES})
+        kept.close()
+    said = []
+    assert journal.send_left(said.append) == 1  # the other one
+    (refused,) = journal.folder().glob("*.refused")
+    assert str(refused) in said[0]
+    assert len(stored(here)[0]) == 1
+
+
+def test_a_stage_that_says_too_much_waits_until_some_of_it_is_sent(here, monkeypatch):
+    monkeypatch.setattr(journal, "LIMIT", 300)
+    kept, went_on = Journal(), threading.Event()
+
+    def talk() -> None:
+        for message in [BEGIN, *steps(20)]:
+            kept.add(message)
+        went_on.set()
+
+    threading.Thread(target=talk, daemon=True).start()
+    assert not went_on.wait(0.3)
+    first = len(kept.lines())
+    assert first < 10
+    while not went_on.wait(0.02):
+        kept.taken(len(kept.lines()))
+    assert len(kept.lines()) == 21
+
+
+def test_an_artifact_is_the_file_as_it_was(here):
+    (here / "note.txt").write_text("before")
+    sender = Sender(Journal(), print)
+    lines = [sender.journal.add(message) for message in (BEGIN, {"artifact": "note.txt"}, {"end": "FINISHED"})]
+    (here / "note.txt").write_text("after")
+    for line in lines:
+        sender.send(line)
+    client = MlflowClient(tracking_uri=f"sqlite:///{here}/mlflow.db")
+    assert Path(client.download_artifacts(sender.run_id, "note.txt")).read_text() == "before"
+    assert not sender.journal.files.exists()
+
+
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_database_that_somebody_else_has_locked_is_waited_for(here, seconds):
+    """MLflow itself waits for 20 seconds; what is longer is an outage."""
+    said = []
+    sender = Sender(Journal(), said.append)
+    say(sender, BEGIN)
+    holder = sqlite3.connect(here / "mlflow.db", check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    threading.Timer(seconds, holder.rollback).start()
+    say(sender, *steps(10), {"end": "FINISHED"})
+    (run,), history = stored(here)
+    assert history == whole(10) and run.info.status == "FINISHED"
+    if seconds > 20:
+        assert "locked" in said[0] and said[-1] == "MLflow answers again"
+
+
+def test_what_is_no_outage_is_no_reason_to_wait(here, monkeypatch):
+    refused = MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
+    assert not journal.out_of_reach(refused) and not journal.out_of_reach(ValueError("x"))
+    assert not journal.out_of_reach(MlflowException("disk I/O error"))  # of an SQLite file
+    assert journal.out_of_reach(MlflowException("(sqlite3.OperationalError) database is locked"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert journal.out_of_reach(MlflowException("(psycopg2.OperationalError) server closed the connection"))
+    assert not journal.out_of_reach(refused)
+    with pytest.raises(Exception) as error:
+        store.experiment(store.STAGES)
+    assert journal.out_of_reach(error.value)
+
+
+def test_lines_are_json_and_numbers_survive(here):
+    kept = Journal()
+    kept.add({"metrics": {"a": 0.1 + 0.2, "b": float("inf")}, "step": 2**40})
+    assert (
+        kept.lines()[0]["metrics"] == {"a": 0.1 + 0.2, "b": float("inf")}
+        and json.loads(kept.path.read_text())["step"] == 2**40
+    )
