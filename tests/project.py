@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
 
-from rlhf_vs_dpo.run import arithmetic, cells, frame, recorder
+from rlhf_vs_dpo.run import arithmetic, cells, frame, journal, recorder
 
 BIN = Path(sys.executable).parent
 ENV = {key: value for key, value in arithmetic.fixed_environment(dict(os.environ)).items() if not key.startswith("MLFLOW_")} | {
@@ -102,28 +102,26 @@ def alive(folder: Path) -> list[psutil.Process]:
 
 
 class Inline:
-    """`Recorder` without the process beside the stage: what it is told goes to the same `Writer`."""
+    """`Recorder` without the process beside the stage: what it is told is sent at once."""
 
     def __init__(self) -> None:
-        self.writer: recorder.Writer | None = None
+        self.sender: journal.Sender | None = None
 
     def tell(self, **message: Any) -> None:
         if "create" in message:
-            self.writer = recorder.Writer(message["create"], message["tags"], message["params"])
-        else:
-            self.writer.take(
-                message | {"of_dvc": False}
-            )  # no other process writes dvc.lock: what is not in it will not come
+            self.sender = journal.Sender(journal.Journal(), print)
+        if "reads" in message:
+            message["of_dvc"] = False  # no other process writes dvc.lock: what is not in it will not come
+        self.sender.send(self.sender.journal.add(recorder.written(message)))
 
     def end(self, status: str) -> str | None:
-        if self.writer is None:
+        if self.sender is None:
             return None
-        self.writer.flush()
-        self.writer.client.set_terminated(self.writer.run_id, status)
-        return self.writer.run_id
+        self.tell(end=status)
+        return self.sender.run_id
 
     def begun(self) -> str | None:
-        return self.writer.run_id
+        return self.sender.run_id
 
 
 @contextmanager

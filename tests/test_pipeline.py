@@ -519,6 +519,28 @@ def test_a_changed_number_and_a_new_variant_run_their_cells_and_the_tail_only(sm
     assert not [stage for stage in ran(run(smoke, "dvc", "repro", "sample_preference@dpo-0")) if stage != "check"]
 
 
+def test_a_colleague_pulls_what_was_pushed_and_runs_nothing(smoke, tmp_path):
+    """What git does not hold goes through a DVC remote, here a folder; in a fresh clone nothing is left to do."""
+    origin, clone, store = tmp_path / "origin", tmp_path / "clone", tmp_path / "store"
+    shutil.copytree(smoke, origin, ignore=shutil.ignore_patterns("by-hand", "mlflow.db*", "mlartifacts"))
+    run(origin, "dvc", "remote", "add", "--local", "--default", "store", str(store))
+    run(origin, "dvc", "push")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    run(origin, *git, "init", "-q")
+    run(origin, *git, "add", "-A")
+    run(origin, *git, "commit", "-q", "-m", "x")
+    run(tmp_path, *git, "clone", "-q", str(origin), str(clone))
+    assert not (clone / "models").exists() and not (clone / ".dvc" / "cache").exists()
+    run(clone, "dvc", "remote", "add", "--local", "--default", "store", str(store))
+    run(clone, "dvc", "pull")
+    assert "Everything is up to date" in run(
+        clone, sys.executable, "-m", "rlhf_vs_dpo.run.cells", PYTHONPATH=str(clone / "src")
+    )
+    assert (clone / "models" / "ppo-0" / "model.safetensors").read_bytes() == (
+        smoke / "models" / "ppo-0" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_editing_the_evaluation_retrains_nothing(smoke, request):
     path = smoke / "src" / "rlhf_vs_dpo" / "evaluation" / "statistics.py"
     before = path.read_text()

@@ -338,20 +338,12 @@ def _hear(begun: str, said: IO[str], sender: journal.Sender, heard: queue.Queue)
 
     try:
         for line in itertools.chain([begun], _until_hung_up(said)):
-            message = json.loads(line)
-            if "create" in message:
-                name, tags = message["create"], message["tags"]
-                row = store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES
-                message["experiment"] = store.STUDY if "study" in tags or name.startswith("tuning/") else row
-                message["tags"] = tags_of(name, tags)
-                say(**message)
-                watching = Machine(say)
-                continue
-            if "reads" in message:
-                message = {"inputs": hashes(message["reads"], message["of_dvc"])}
+            message = written(json.loads(line))
             if "end" in message:
                 break
             say(**message)
+            if "create" in message:
+                watching = Machine(say)
         else:
             message = {"end": "FAILED"}  # of a stage that is killed
         if watching is not None:
@@ -360,6 +352,18 @@ def _hear(begun: str, said: IO[str], sender: journal.Sender, heard: queue.Queue)
         say(**message)
     except Exception as error:
         heard.put(error)
+
+
+def written(message: dict[str, Any]) -> dict[str, Any]:
+    """What a stage said as the line of a journal: what git and DVC know of it at this moment is written down, too."""
+    if "create" in message:
+        name, tags = message["create"], message["tags"]
+        row = store.EXPERIMENT if "policy" in tags and "family" in tags else store.STAGES
+        place = store.STUDY if "study" in tags or name.startswith("tuning/") else row
+        return message | {"experiment": place, "tags": tags_of(name, tags)}
+    if "reads" in message:
+        return {"inputs": hashes(message["reads"], message["of_dvc"])}
+    return message
 
 
 def _until_hung_up(said: IO[str]) -> Iterator[str]:
