@@ -21,5 +21,9 @@ class JudgeError(UserError):
     """A judge cannot be asked."""
 
 
+class DiskError(UserError):
+    """What is to be written does not fit on its disk."""
+
+
 class TrainingError(UserError):
     """A run broke an invariant or produced a loss that is not finite."""

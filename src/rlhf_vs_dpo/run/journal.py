@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.errors import DataError, DiskError
 from rlhf_vs_dpo.run import atomic
 from rlhf_vs_dpo.run.pipeline import root
 
@@ -67,8 +67,15 @@ class Journal:
         line = json.dumps(message) + "\n"
         with self._turn:
             self._turn.wait_for(lambda: self.unsent_bytes < LIMIT)
-            with self.path.open("a") as file:
-                file.write(line)
+            try:
+                with self.path.open("a") as file:
+                    file.write(line)
+            except OSError as error:
+                if error.errno not in atomic.FULL:
+                    raise
+                raise DiskError(
+                    f"{self.path}: the disk is full: {len(line):,} bytes more do not fit; make room and run again"
+                ) from error
             self.unsent_bytes += len(line)
         return message
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_vs_dpo.errors import DataError
+from rlhf_vs_dpo.errors import DataError, UserError
 from rlhf_vs_dpo.run import journal, store
 
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
@@ -325,7 +325,7 @@ def serve(said: IO[str], answers: IO[str]) -> bool:
         return True
     except Exception as error:
         kept.remove()
-        answer(error=str(error) if isinstance(error, DataError) else f"MLflow: {type(error).__name__}: {error}")
+        answer(error=str(error) if isinstance(error, UserError) else f"MLflow: {type(error).__name__}: {error}")
         return False
 
 
