@@ -11,7 +11,7 @@ from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.report import words
 from rlhf_vs_dpo.report.blocks import Block, Cell, Details, Heading, Responses, Table, Text
 from rlhf_vs_dpo.report.charts import Figure
-from rlhf_vs_dpo.report.marks import marked
+from rlhf_vs_dpo.report.marks import marked, visible
 from rlhf_vs_dpo.report.words import NAMES
 
 SHARED = ("sft", "preferences", "reward", "reference", "pool")  # stages of a line whose cost several methods share
@@ -615,11 +615,16 @@ def texts(source: Source) -> list[Block]:
         who += [(method, said[row.prompt_id]) for method, said in source.samples.items() if row.prompt_id in said]
         scored = []
         for name, response in who:
-            pieces = marked(source.judge, row.prompt, row.facts, response)
+            pieces = [
+                piece._replace(text=visible(piece.text))
+                for piece in marked(source.judge, row.prompt, row.facts, response)
+            ]
             worth = source.judge.score(row.prompt, row.facts, response)["gold"] if source.judge else None
             scored.append((name, worth, pieces))
-        words_of = " ".join(row.prompt.split())
-        parts.append(Details(words_of[:110] + ("…" if len(words_of) > 110 else ""), [Responses(row.prompt, scored)]))
+        words_of = visible(" ".join(row.prompt.split()))
+        parts.append(
+            Details(words_of[:110] + ("…" if len(words_of) > 110 else ""), [Responses(visible(row.prompt), scored)])
+        )
     return parts
 
 

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from rlhf_vs_dpo.preferences.gold import PARTS, Gold
 
+TURNING = (
+    "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of Unicode's bidirectional algorithm
+)
 SEPARATOR = " , "  # between clauses of the built-in world
 
 
@@ -16,6 +19,23 @@ class Piece(NamedTuple):
     @property
     def worth(self) -> float:
         return sum(self.parts.values())
+
+
+def visible(text: str) -> str:
+    """A text whose characters can all be seen: nothing in it rings, moves the cursor, colours a terminal, or turns what stands behind it round.
+
+    Control characters become their pictures (ESC: ␛), except for tab and line feed; marks that turn the direction of writing become their code.
+    """
+    return "".join(
+        chr(0x2400 + ord(c))
+        if ord(c) < 32 and c not in "\t\n"
+        else "␡"
+        if c == "\x7f"
+        else f"⟨U+{ord(c):04X}⟩"
+        if c in TURNING
+        else c
+        for c in text
+    )
 
 
 def marked(judge: Gold | None, prompt: str, facts: str | None, response: str) -> list[Piece]:
