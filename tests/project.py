@@ -36,7 +36,7 @@ def copy_project(to: Path, profile: str) -> Path:
     else:
         for name in filter(None, names):
             if (ROOT / name).exists() and not name.startswith(
-                ("metrics/", "plots/", "report/", "theory/", "dvc.lock", "tuning/dvc.lock")
+                ("metrics/", "plots/", "report/", "theory/", "dvc.lock", "tuning/dvc.lock", "tuning/trials/")
             ):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, to / name)
