@@ -5,6 +5,7 @@ where its line ends, or beside the point on a thin leader: no legend lies over d
 of the method that a reader has chosen, and all others fade.
 """
 
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -214,12 +215,15 @@ def spec(chart: Any, background: str = "transparent") -> dict[str, Any]:
 
 
 def picture(chart: Any, path: Path) -> Path:
-    """Write a chart as PNG."""
+    """Write a chart as PNG, of 256 colours: git keeps every version of it."""
     import matplotlib
     import vl_convert
+    from PIL import Image
 
     vl_convert.register_font_directory(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf"))
-    path.write_bytes(vl_convert.vegalite_to_png(json.dumps(spec(chart, "white"), sort_keys=True), scale=1.4))
+    drawn = vl_convert.vegalite_to_png(json.dumps(spec(chart, "white"), sort_keys=True), scale=1.4)
+    whole = Image.open(io.BytesIO(drawn)).convert("RGB")
+    whole.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
     return path
 
 

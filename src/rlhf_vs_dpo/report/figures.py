@@ -322,9 +322,9 @@ def overoptimisation(found: dict[str, Any], style: Style) -> Figure | None:
             ]  # fmt: skip
             if not one:
                 ends = {point["policy"]: point for point in points}  # the last of each
-                layers += labels(list(ends.values()), x, y, (190, 170), style.colours)
+                layers += labels(list(ends.values()), x, y, (182, 170), style.colours)
             panels.append(
-                alt.layer(*layers).properties(width=190, height=170, title=FAMILY_NAMES[family] if not panels else "")
+                alt.layer(*layers).properties(width=182, height=170, title=FAMILY_NAMES[family] if not panels else "")
             )
         lines.append(alt.hconcat(*panels, spacing=8))
     peaks = [f"{m} at KL {law['gold']['peak_kl']:.2f}" for m, law in laws.items() if law.get("gold", {}).get("peak_kl") is not None]  # fmt: skip
