@@ -44,14 +44,12 @@ def policy(path, tokenizer):
 
 
 def picture(path, tokenizer):
-    points = [{"policy": None, "x": float(i), "y": float(np.sin(i))} for i in range(3000)]
-    chart = (
-        charts.alt.Chart(charts.data(points))
-        .mark_point()
-        .encode(x=charts.axis("x", "x"), y=charts.axis("y", "y", None, charts.alt.Y))
-    )
+    rng = np.random.default_rng(0)
+    points = [{"policy": None, "x": float(x), "y": float(y)} for x, y in rng.random((6000, 2))]
+    marks = charts.alt.Chart(charts.data(points)).mark_point()
+    chart = marks.encode(x=charts.axis("x", "x"), y=charts.axis("y", "y", None, charts.alt.Y))
     with atomic.folder(path) as place:
-        charts.picture(chart, place / "a.png")
+        charts.picture(chart.properties(width=1000, height=800), place / "a.png")
 
 
 WRITERS = {

@@ -94,4 +94,4 @@ def test_seeds_differ_from_the_default_in_seeds_alone(params):
     before = config.read_params(params)
     apply("seeds", params)
     after = config.read_params(params)
-    assert after.pop("seeds") == [0, 1, 2] and before.pop("seeds") == [0] and before == after
+    assert after.pop("seeds") == [0, 1, 2, 3, 4] and before.pop("seeds") == [0] and before == after
