@@ -294,7 +294,8 @@ def serve(said: IO[str], answers: IO[str]) -> bool:
     """Record one run from the lines that are said until they end; False where MLflow did not take it."""
 
     def answer(**content: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a stage that was killed hears no answer; its run is sent all the same
+        # A stage that was killed hears no answer; its run is sent all the same.
+        with contextlib.suppress(OSError, ValueError):
             answers.write(json.dumps(content) + "\n")
             answers.flush()
 
