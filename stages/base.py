@@ -19,7 +19,7 @@ def main(
 ) -> None:
     """Make the model that SFT starts from: all tokens of the corpus are predicted."""
     launch.on_all_devices()
-    with frame.stage("base", [corpus], run_file) as run:
+    with frame.stage("base", [corpus], run_file, [world]) as run:
         import torch
 
         from rlhf_vs_dpo import tables
@@ -46,7 +46,10 @@ def main(
         most = run.params["data"]["max_document_tokens"]
         examples = text.Examples(text.documents(tokenizer, train["text"], policy.context, most), list(train["doc_id"]))
         check_projection(policy, text.collate(examples.tokens[:2], policy.pad).to(models.device()))
-        trained = supervised.likelihood(policy, examples, settings.training, run.section("seed"), run.log, "base")
+        run.checkpoint.keep(policy=policy)
+        trained = supervised.likelihood(
+            policy, examples, settings.training, run.section("seed"), run.log, "base", checkpoint=run.checkpoint
+        )
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             held = text.documents(tokenizer, heldout["text"], policy.context, most)

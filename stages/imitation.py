@@ -26,7 +26,8 @@ def main(
     """Maximum likelihood of what a recipe keeps, once or in several rounds of sampling and keeping."""
     launch.on_all_devices()
     tags = {"family": "imitation", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with frame.stage(f"imitation@{method}-{seed}", [sft, prompts], run_file, **tags) as run:
+    others = [pairs, pool, reward, world]
+    with frame.stage(f"imitation@{method}-{seed}", [sft, prompts], run_file, others, **tags) as run:
         import torch
 
         from rlhf_vs_dpo import tables
@@ -34,6 +35,7 @@ def main(
         from rlhf_vs_dpo.language import heads, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.run.checkpoint import Values
         from rlhf_vs_dpo.training import imitation, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
@@ -62,36 +64,44 @@ def main(
             tables.read_table(prompts, "prompts", "validation"), gold.load(world), frozen, tokenizer,
             run.section("monitor"), sampling.max_new_tokens, seed, planned,
         )  # fmt: skip
-        trained = generated = read = taken = 0
-        for number in range(settings.rounds):
+        at = Values(round=0, drawn=None, trained=0, generated=0, read=0, taken=0)  # rounds before, and this one's pool
+        run.checkpoint.keep(policy=policy, watched=watched, rounds=at)
+        for number in range(at.round, settings.rounds):
             if number > 0:
-                drawn, sampled, prompted = imitation.draw_pool(
-                    policy, heads.load_scorer(reward), known, samples, sampling.max_new_tokens, round_seed(seed, number)
-                )
-                generated, read = generated + sampled, read + prompted
-                examples = imitation.from_pool(settings, drawn, known)
+                if number > at.round:
+                    at.round = number
+                    at.drawn, sampled, prompted = imitation.draw_pool(
+                        policy,
+                        heads.load_scorer(reward),
+                        known,
+                        samples,
+                        sampling.max_new_tokens,
+                        round_seed(seed, number),
+                    )
+                    at.generated, at.read = at.generated + sampled, at.read + prompted
+                examples = imitation.from_pool(settings, at.drawn, known)
                 if len(examples.tokens) < settings.batch:
                     raise TrainingError(
                         f"round {number + 1}: the policy's samples left {len(examples.tokens)} examples, fewer than "
                         f"`batch` ({settings.batch}): most never end. Fewer `rounds`, or a lower `learning_rate`"
                     )
             last = number + 1 == settings.rounds
-            steps = planned - taken if last else planned // settings.rounds
-            trained += supervised.likelihood(
+            steps = planned - at.taken if last else planned // settings.rounds
+            at.trained += supervised.likelihood(
                 policy, examples, supervised.as_training(settings, steps), seed,
-                lambda values, step, taken=taken: run.log(values, taken + step), method,
-                lambda step, taken=taken: watched.watch(policy, taken + step, run.log),
+                lambda values, step, taken=at.taken: run.log(values, taken + step), method,
+                lambda step, taken=at.taken: watched.watch(policy, taken + step, run.log), run.checkpoint,
             )  # fmt: skip
-            taken += steps
+            at.taken += steps
         run.spent(
-            parameters=models.size(model), tokens_trained=trained, tokens_generated=generated, tokens_read=read,
+            parameters=models.size(model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
             models_held=1 + (settings.rounds > 1),
         )  # fmt: skip
         if launch.is_main():
             models.save(model, tokenizer, out)
             tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
-            run.finish(run.rows[-1] | watched.final() | {"examples": len(examples.tokens)}, metrics, taken)
+            run.finish(run.rows[-1] | watched.final() | {"examples": len(examples.tokens)}, metrics, at.taken)
 
 
 if __name__ == "__main__":

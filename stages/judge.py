@@ -15,7 +15,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the judgements go.")],
 ) -> None:
     """Write `judgements`: who won, whether the judge agreed with itself, and which place it favoured."""
-    with frame.stage("judge", [prompts]) as run:
+    with frame.stage("judge", [prompts], None, [samples, world]) as run:
         import pandas as pd
 
         from rlhf_vs_dpo import config, tables
@@ -44,7 +44,8 @@ def main(
                 ignore_index=True,
             )  # fmt: skip
             for name, entry in settings.judges.items():
-                judge = judges.load(entry, world, root() / ".judge_cache" / f"{name}.jsonl", seed)
+                kept = lambda what, of=f"{name}-{seed}": run.checkpoint.pieces(f"{of} {what}")  # noqa: E731
+                judge = judges.load(entry, world, root() / ".judge_cache" / f"{name}.jsonl", seed, kept)
                 if judge is None:
                     typer.echo(f"judge {name}: the source has no gold reward; left out")
                     continue

@@ -21,7 +21,7 @@ def main(
     run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
 ) -> None:
     """Write `pool`, part by part: what does not fit into memory need not."""
-    with frame.stage(f"pool@{seed}", [sft, reward, prompts], run_file, seed=str(seed)) as run:
+    with frame.stage(f"pool@{seed}", [sft, reward, prompts], run_file, [world], seed=str(seed)) as run:
         import numpy as np
         import pandas as pd
 
@@ -63,8 +63,13 @@ def main(
                     some = each.iloc[start : start + CHUNK].reset_index(drop=True)
                     streams = [f"pool/{name}" for name in some["prompt_id"]]  # of its own: no sample is another table's
                     asked = text.Prompts(text.encode_prompts(tokenizer, list(some["prompt"])), streams)
-                    drawn = generate(policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, rows=1024)
-                    logp = forward.log_likelihoods(policy, drawn.tokens)
+                    responses, of_logp, of_reward = (
+                        run.checkpoint.pieces(f"{name} from {start}") for name in ("responses", "logp", "reward")
+                    )
+                    drawn = generate(
+                        policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, rows=1024, done=responses
+                    )
+                    logp = forward.log_likelihoods(policy, drawn.tokens, done=of_logp)
                     table = some[["prompt_id", "split", "sample"]].assign(
                         response=decode(tokenizer, drawn.tokens),
                         response_ids=[tokens.response for tokens in drawn.tokens],
@@ -72,7 +77,7 @@ def main(
                         finished=drawn.finished,
                         logp=logp,
                         reference_logp=logp,
-                        reward=forward.scores(scorer, drawn.tokens),
+                        reward=forward.scores(scorer, drawn.tokens, done=of_reward),
                     )
                     table["reward"] = table["reward"].where(table["finished"])
                     for split, group in table.groupby("split"):

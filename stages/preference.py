@@ -26,7 +26,8 @@ def main(
     """One loop, one loss each; no reward model is part of it, and no sampling where there is one round."""
     launch.on_all_devices()
     tags = {"family": "preference", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with frame.stage(f"preference@{method}-{seed}", [sft, pairs, prompts], run_file, **tags) as run:
+    others = [reference, world]
+    with frame.stage(f"preference@{method}-{seed}", [sft, pairs, prompts], run_file, others, **tags) as run:
         import numpy as np
         import pandas as pd
         import torch
@@ -36,6 +37,7 @@ def main(
         from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import gold, labelling
+        from rlhf_vs_dpo.run.checkpoint import Values
         from rlhf_vs_dpo.training import preference, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut, Record
         from rlhf_vs_dpo.training.optimise import round_seed
@@ -61,39 +63,44 @@ def main(
             asked[asked["split"] == "validation"], judge, frozen, tokenizer,
             run.section("monitor"), sampling.max_new_tokens, seed, sum(steps),
         )  # fmt: skip
-        trained = generated = read = taken = 0
-        for number, part in enumerate(parts):
+        at = Values(
+            round=0, rows=None, known=None, trained=0, generated=0, read=0, taken=0
+        )  # rounds before; this one's pairs
+        run.checkpoint.keep(policy=policy, watched=watched, rounds=at)
+        for number, part in list(enumerate(parts))[at.round :]:
             rows = whole.loc[part].reset_index(drop=True)
             known = None if stored is None else stored.loc[part].reset_index(drop=True)
-            if number > 0:  # online: pairs of the policy as it is now, on prompts that no round has had yet
+            if number > at.round:  # online: pairs of the policy as it is now, on prompts that no round has had yet
                 labelled = labelling.label(
                     policy, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], judge,
                     run.section("preferences").annotator, sampling.max_new_tokens, round_seed(seed, number),
                     f"pairs of round {number + 1}",
                 )  # fmt: skip
-                rows, generated = labelled.pairs, generated + labelled.tokens_generated
-                read += labelled.tokens_read
-                if len(rows) < settings.batch:
+                at.round, at.rows, at.known = number, labelled.pairs, None
+                at.generated += labelled.tokens_generated
+                at.read += labelled.tokens_read
+                if len(at.rows) < settings.batch:
                     raise TrainingError(
-                        f"round {number + 1}: only {len(rows)} of {len(part)} prompts gave a pair, fewer than `batch` "
+                        f"round {number + 1}: only {len(at.rows)} of {len(part)} prompts gave a pair, fewer than `batch` "
                         f"({settings.batch}): the policy says the same twice, or never ends. Fewer `rounds`, a lower "
                         "`learning_rate` or a higher beta keep it closer to the SFT policy"
                     )
-            learned = text.encode_pairs(tokenizer, rows, policy.context)
+            learned = text.encode_pairs(tokenizer, rows if number == 0 else at.rows, policy.context)
             if number > 0 and known is not None:
-                known = pd.DataFrame(
-                    {
-                        "chosen_logp": forward.log_likelihoods(frozen, learned.chosen),
-                        "rejected_logp": forward.log_likelihoods(frozen, learned.rejected),
-                    }
-                )
-                read += forward.tokens_read(learned.chosen) + forward.tokens_read(learned.rejected)
-            trained += preference.train(
-                policy, learned, known, settings, steps[number], seed, Record(watched, run.log, method), taken
-            )
-            taken += steps[number]
+                if at.known is None:
+                    at.known = pd.DataFrame(
+                        {
+                            "chosen_logp": forward.log_likelihoods(frozen, learned.chosen),
+                            "rejected_logp": forward.log_likelihoods(frozen, learned.rejected),
+                        }
+                    )
+                    at.read += forward.tokens_read(learned.chosen) + forward.tokens_read(learned.rejected)
+                known = at.known
+            record = Record(watched, run.log, method, run.checkpoint)
+            at.trained += preference.train(policy, learned, known, settings, steps[number], seed, record, at.taken)
+            at.taken += steps[number]
         run.spent(
-            parameters=models.size(model), tokens_trained=trained, tokens_generated=generated, tokens_read=read,
+            parameters=models.size(model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
             models_held=1 + (stored is not None and settings.rounds > 1),  # stored log-probabilities need no model
         )  # fmt: skip
         if launch.is_main():

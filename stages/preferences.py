@@ -19,7 +19,7 @@ def main(
     run_file: Annotated[Path, typer.Option("--run", help="MLflow run id and cost.")],
 ) -> None:
     """Write `pairs`: of train (to learn from) and of validation (to measure the reward model on)."""
-    with frame.stage(f"preferences@{seed}", [sft, prompts], run_file, seed=str(seed)) as run:
+    with frame.stage(f"preferences@{seed}", [sft, prompts], run_file, [dataset_pairs, world], seed=str(seed)) as run:
         import pandas as pd
 
         from rlhf_vs_dpo import tables
@@ -52,6 +52,7 @@ def main(
                 pd.concat([tables.read_table(prompts, "prompts", "train").head(settings.train_prompts),
                            tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
                 judge, settings.annotator, sampling.max_new_tokens, seed, "two samples per prompt",
+                run.checkpoint.pieces("responses"),
             )  # fmt: skip
             run.spent(
                 parameters=models.size(model), tokens_generated=labelled.tokens_generated,

@@ -26,7 +26,7 @@ def main(
         encoded = text.encode_pairs(tokenizer, rows, policy.context)
         table, read = rows[["pair_id"]].copy(), 0
         for side, tokens in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
-            table[f"{side}_logp"] = forward.log_likelihoods(policy, tokens, side)
+            table[f"{side}_logp"] = forward.log_likelihoods(policy, tokens, side, run.checkpoint.pieces(side))
             read += forward.tokens_read(tokens)
             table[f"{side}_tokens"] = [len(example.response) for example in tokens]
         run.spent(parameters=models.size(model), tokens_read=read, models_held=1)

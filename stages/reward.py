@@ -23,7 +23,7 @@ def main(
 ) -> None:
     """Bradley-Terry on a scalar head read at EOS; then a shift so that demonstrations score 0 on average."""
     launch.on_all_devices()
-    with frame.stage(f"reward@{seed}", [sft, pairs, demonstrations], run_file, seed=str(seed)) as run:
+    with frame.stage(f"reward@{seed}", [sft, pairs, demonstrations], run_file, [prompts, world], seed=str(seed)) as run:
         import numpy as np
         import torch
 
@@ -39,7 +39,8 @@ def main(
         demos = tables.read_table(demonstrations, "demonstrations")
         demo_tokens = text.encode(tokenizer, demos["prompt"], demos["response"], demos["prompt_id"], scorer.context)
         learned = text.encode_pairs(tokenizer, train, scorer.context)
-        trained = training.train(scorer, learned, settings.training, seed, run.log, "reward")
+        run.checkpoint.keep(scorer=scorer)
+        trained = training.train(scorer, learned, settings.training, seed, run.log, "reward", run.checkpoint)
         responses = learned.chosen + learned.rejected
         read = forward.tokens_read(demo_tokens) + forward.tokens_read(responses)  # to normalise; for the range
         run.spent(parameters=models.size(scorer.model), tokens_trained=trained, tokens_read=read, models_held=1)

@@ -28,7 +28,8 @@ def main(
     """Reinforcement learning with a KL penalty towards the SFT policy."""
     launch.on_all_devices()
     tags = {"family": "rl", "method": method, "seed": str(seed), "policy": f"{method}-{seed}"}
-    with frame.stage(f"rl@{method}-{seed}", [sft, reward, prompts, demonstrations], run_file, **tags) as run:
+    inputs, others = [sft, reward, prompts, demonstrations], [corpus, world]
+    with frame.stage(f"rl@{method}-{seed}", inputs, run_file, others, **tags) as run:
         import torch
 
         from rlhf_vs_dpo import tables
@@ -59,10 +60,12 @@ def main(
             scorer,
             text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], policy.context),
         )
+        heard = alarms.Listening(run.log, run.warn, settings.iterations)
+        run.checkpoint.keep(policy=policy, watched=watched, alarms=heard)
         totals = policy_gradient.train(
             Networks(policy, reference, scorer), text.prompts_of(tokenizer, train),
             text.documents(tokenizer, documents, policy.context, run.params["data"]["max_document_tokens"]), settings, sampling.max_new_tokens, seed,
-            Record(watched, alarms.listening(run.log, run.warn, settings.iterations), method),
+            Record(watched, heard, method, run.checkpoint),
         )  # fmt: skip
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")
         run.spent(parameters=models.size(model), models_held=held, **totals._asdict())  # TRPO: the old policy, too

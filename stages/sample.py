@@ -23,8 +23,9 @@ def main(
     watched: Annotated[Path | None, typer.Option(help="Where what was measured of them goes.")] = None,
 ) -> None:
     """Write `samples` with log-probabilities under the policy and pi_ref, RM reward, gold and the annotator's utility; and `retention`."""
+    others = [corpus, facts, world, *([heldout] if heldout else [])]
     with frame.stage(
-        f"sample@{policy.name}", [policy, sft, reward, prompts], policy=policy.name, seed=str(seed)
+        f"sample@{policy.name}", [policy, sft, reward, prompts], None, others, policy=policy.name, seed=str(seed)
     ) as run:
         import pandas as pd
 
@@ -55,7 +56,10 @@ def main(
         for suffix in models.prompt_suffixes(model):  # the folder says how it is prompted; mostly by the prompt alone
             asked = text.Prompts(text.encode_prompts(tokenizer, list(each["prompt"]), suffix), streams)
             what = f"{policy.name} {suffix}".strip()
-            drawn = generate(sampled, asked, list(each["sample"]), sampling.max_new_tokens, seed, what)
+            responses, logp, reference_logp, rewards = (
+                run.checkpoint.pieces(f"{name} {suffix}") for name in ("responses", "logp", "reference_logp", "reward")
+            )
+            drawn = generate(sampled, asked, list(each["sample"]), sampling.max_new_tokens, seed, what, done=responses)
             # The reference and the reward model see the prompt as it is, whatever the policy wants behind it.
             seen = [text.Tokens(prompt, said.response) for prompt, said in zip(plain, drawn.tokens, strict=True)]
             table = each[["prompt_id", "sample"]].assign(
@@ -63,9 +67,9 @@ def main(
                 response=decode(tokenizer, drawn.tokens),
                 tokens=[len(tokens.response) for tokens in drawn.tokens],
                 finished=drawn.finished,
-                logp=forward.log_likelihoods(sampled, drawn.tokens, "log pi"),
-                reference_logp=forward.log_likelihoods(reference, seen, "log ref"),
-                reward=forward.scores(scorer, seen, "reward"),
+                logp=forward.log_likelihoods(sampled, drawn.tokens, "log pi", logp),
+                reference_logp=forward.log_likelihoods(reference, seen, "log ref", reference_logp),
+                reward=forward.scores(scorer, seen, "reward", rewards),
             )
             table["reward"] = table["reward"].where(table["finished"])
             table = table.join(gold.columns(judge, each["prompt"], each["facts"], table["response"]))

@@ -46,7 +46,10 @@ def main(
             return -sum(forward.log_likelihoods(policy, heldout, "validation")) / tokens
 
         before = nll()
-        trained = supervised.likelihood(policy, examples, settings.training, seed, run.log, "sft")
+        run.checkpoint.keep(policy=policy)
+        trained = supervised.likelihood(
+            policy, examples, settings.training, seed, run.log, "sft", checkpoint=run.checkpoint
+        )
         run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             after = nll()

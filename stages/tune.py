@@ -37,7 +37,6 @@ def main(
         from rlhf_vs_dpo import config, tables
         from rlhf_vs_dpo.language import heads
         from rlhf_vs_dpo.run import atomic
-        from rlhf_vs_dpo.run.finished import Finished
         from rlhf_vs_dpo.study import space, trial
 
         os.environ["RLHF_LAUNCHED"] = "1"  # the study shares devices out by method, not within a trial
@@ -50,10 +49,10 @@ def main(
         ruler = trial.Ruler(
             heads.load_scorer(line / "reward"), rivals, run.section("preferences"), config.section(params, "evaluate")
         )
-        done = Finished(f"tune-{method}", run.params, inputs)
-        if done.rows:
-            typer.echo(f"{method}: {len(done.rows)} of {tuning.trials} trials are done")
-        for number, settings in list(enumerate(space.settings(tuning, method), 1))[len(done.rows) :]:
+        done = run.checkpoint.pieces("trials")
+        if len(done):
+            typer.echo(f"{method}: {len(done)} of {tuning.trials} trials are done")
+        for number, settings in list(enumerate(space.settings(tuning, method), 1))[len(done) :]:
             typer.echo(f"{method}, trial {number} of {tuning.trials}: {settings}")
             tags = {"study": method, "trial": str(number), "policy": f"{method} {number}"}
             given = everybody | of_family[family] | {"method": method, "seed": tuning.seed}
@@ -62,11 +61,11 @@ def main(
                 tags | {"mlflow.parentRunId": run.run_id() or ""},
             )  # fmt: skip
             row = {"method": method, "trial": number} | one(stage, given, tried, ruler, settings)
-            done.add(row)
             run.log({name: value for name, value in row.items() if isinstance(value, float)}, number)
-        trials = pd.DataFrame(done.rows).reindex(columns=list(tables.CONTRACTS["trials"].columns))
+            done.append(row)
+            run.checkpoint.save()
+        trials = pd.DataFrame(list(done)).reindex(columns=list(tables.CONTRACTS["trials"].columns))
         atomic.write_csv(tables.validate(trials, "trials", str(out)), out)
-        done.remove()
 
 
 def one(stage: Callable[..., None], given: dict[str, Any], tried: frame.Trial, ruler: Any, settings: dict) -> dict:

@@ -109,7 +109,7 @@ class Inline:
 
     def tell(self, **message: Any) -> None:
         if "create" in message:
-            self.sender = journal.Sender(journal.Journal(), print)
+            self.sender = journal.Sender(journal.Journal(message["journals"][-1]), print)
         if "reads" in message:
             message["of_dvc"] = False  # no other process writes dvc.lock: what is not in it will not come
         self.sender.send(self.sender.journal.add(recorder.written(message)))
@@ -160,22 +160,31 @@ def by_hand(folder: Path, stage: str, *options: str, **env: str) -> int:
         return command([f"stages/{stage}.py", *options])
 
 
+def stages(folder: Path, file: str = "dvc.yaml") -> dict[str, tuple[list[str], list[str]]]:
+    """Script and options of each stage, and its outputs, in an order that DVC would run them in."""
+    import networkx
+    from dvc.repo import Repo
+
+    with inside(folder), Repo() as repo:
+        ordered = networkx.topological_sort(repo.index.graph.reverse())
+        return {
+            stage.addressing: (stage.cmd.partition("python ")[2].split(), [out.def_path for out in stage.outs])
+            for stage in ordered
+            if stage.path_in_repo == file
+        }
+
+
 def reproduce(folder: Path, only: re.Pattern[str] | None = None, file: str = "dvc.yaml") -> None:
     """Every stage of a file in one process, in an order that DVC would run them in; `dvc commit` locks each.
 
     only    stages to run; they are then not locked
     """
-    import networkx
     from dvc.repo import Repo
 
-    with inside(folder), Repo() as repo:
-        graph = repo.index.graph
-        ordered = networkx.topological_sort(graph.reverse())
-        stages = [(stage.addressing, stage.cmd) for stage in ordered if stage.path_in_repo == file]
-    for name, words in stages:
+    for name, (words, _) in stages(folder, file).items():
         if only is None or only.fullmatch(name):
             with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):
-                assert command(words.partition("python ")[2].split()) == 0, name
+                assert command(words) == 0, name
                 if only is None:
                     with Repo() as repo:
                         repo.commit(name, force=True)

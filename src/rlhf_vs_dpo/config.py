@@ -184,6 +184,12 @@ class Sampling(Section):
     max_new_tokens: Count
 
 
+class Checkpoint(Section):
+    """How often a stage keeps what it has done, to go on from when it was killed."""
+
+    minutes: NonNegative | None
+
+
 class Monitor(Section):
     """Held-out sampling while rl, preference and imitation methods train."""
 
@@ -509,6 +515,7 @@ SECTIONS: dict[str, Any] = {
     "preferences": Preferences,
     "reward": Reward,
     "monitor": Monitor,
+    "checkpoint": Checkpoint,
     "rl": AnyRl,
     "preference": Preference,
     "pool": Pool,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_vs_dpo.run.alarms import ALARMS, listening
+from rlhf_vs_dpo.run.alarms import ALARMS, Listening
 
 FINE = {
     "rollout/kl": 0.5,
@@ -27,7 +27,7 @@ FAULTS = {
 
 def hear(*rows, iterations=10):
     warned, logged = [], []
-    ear = listening(lambda m, s: logged.append((s, m)), lambda name, text: warned.append((name, text)), iterations)
+    ear = Listening(lambda m, s: logged.append((s, m)), lambda name, text: warned.append((name, text)), iterations)
     for step, row in enumerate(rows, 1):
         ear(row, step)
     assert [row for _, row in logged] == list(rows)  # everything is passed on as it is

@@ -14,7 +14,6 @@ from ruamel.yaml import YAML
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.run import cells
-from rlhf_vs_dpo.run.finished import Finished
 
 pytestmark = pytest.mark.pipeline
 METHODS = {
@@ -126,8 +125,8 @@ def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch,
 
     monkeypatch.setattr(trial.Ruler, "measure", breaks_off)
     assert tune(made, "dpo") != 0
-    (kept,) = (made / ".dvc" / "tmp" / "rlhf" / "tune-dpo").glob("*.jsonl")
-    assert kept.read_text().count("\n") == 1
+    kept = made / ".dvc" / "tmp" / "rlhf" / "checkpoints" / "tuning-dvc.yaml-tune@dpo"
+    assert len(list(kept.rglob("pieces/trials/*.json"))) == 1
     monkeypatch.setattr(trial.Ruler, "measure", original)
     capsys.readouterr()
     assert tune(made, "dpo") == 0 and not kept.exists()
@@ -135,21 +134,6 @@ def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch,
     assert "1 of 2 trials are done" in said and "trial 1 of 2" not in said
     again = trials(made, "dpo")
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), whole.drop(columns="seconds"))
-
-
-def test_what_is_finished_counts_for_the_same_parameters_and_inputs_only(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = tmp_path / "given"
-    given.write_text("1")
-    for row in ({"a": 1.5}, {"a": None}):
-        Finished("x", {"p": 1}, [given]).add(row)
-    assert Finished("x", {"p": 1}, [given]).rows == [{"a": 1.5}, {"a": None}]
-    assert Finished("x", {"p": 2}, [given]).rows == [] == Finished("y", {"p": 1}, [given]).rows
-    given.write_text("2")
-    assert Finished("x", {"p": 1}, [given]).rows == []
-    Finished("x", {"p": 2}, [given]).remove()
-    given.write_text("1")
-    assert Finished("x", {"p": 1}, [given]).rows == []
 
 
 def test_settings_at_which_a_method_diverges_are_rows_that_say_so(made):

@@ -13,11 +13,19 @@ from rlhf_vs_dpo.run.progress import bar
 
 
 @torch.inference_mode()
-def measure(network: Network, examples: Sequence[Tokens], read: Callable, what: str | None = None) -> list:
+def measure(
+    network: Network,
+    examples: Sequence[Tokens],
+    read: Callable,
+    what: str | None = None,
+    done: list[list] | None = None,
+) -> list:
     """`read(network, batch)` -> a list with one value per row, over all examples, in their order.
 
-    `what` names the progress bar (none if it is None).
+    `what` names the progress bar (none if it is None). `done` holds the values of the first batches, read before; those of the others
+    are appended.
     """
+    done = [] if done is None else done
     device = next(network.parameters()).device
     places: dict[tuple, list[int]] = {}
     for i, example in enumerate(examples):
@@ -28,9 +36,11 @@ def measure(network: Network, examples: Sequence[Tokens], read: Callable, what: 
     with bar(len(distinct), what or "", "text", visible=what is not None) as progress, autocast(device):
         # Responses of one length together, whatever their prompts: little padding, and many share a prompt, which is read once.
         longest = max((len(example.prompt) for example in distinct), default=0)
-        for group in micro_batches([longest + len(example.response) for example in distinct], network.budget):
-            batch = collate([distinct[i] for i in group], network.pad).to(device)
-            for i, value in zip(group, read(network, batch), strict=True):
+        groups = micro_batches([longest + len(example.response) for example in distinct], network.budget)
+        for number, group in enumerate(groups):
+            if number == len(done):
+                done.append(read(network, collate([distinct[i] for i in group], network.pad).to(device)))
+            for i, value in zip(group, done[number], strict=True):
                 for place in where[i]:
                     values[place] = value
             progress.update(len(group))
@@ -47,11 +57,16 @@ def _text(example: Tokens) -> tuple:
     return tuple(example.prompt), tuple(example.response)
 
 
-def log_likelihoods(policy: Policy, examples: Sequence[Tokens], what: str | None = None) -> list[float]:
+def log_likelihoods(
+    policy: Policy, examples: Sequence[Tokens], what: str | None = None, done: list[list] | None = None
+) -> list[float]:
     """log pi(y|x) of each example, natural log."""
-    return measure(policy, examples, lambda policy, batch: policy(batch).sums().tolist(), what)
+    return measure(policy, examples, lambda policy, batch: policy(batch).sums().tolist(), what, done)
 
 
-def scores(scorer: Scorer, examples: Sequence[Tokens], what: str | None = None) -> list[float]:
+def scores(
+    scorer: Scorer, examples: Sequence[Tokens], what: str | None = None, done: list[list] | None = None
+) -> list[float]:
     """Normalised reward of each example, read at its last token."""
-    return measure(scorer, examples, lambda scorer, batch: scorer(batch, last(batch.response_mask)).tolist(), what)
+    read = lambda scorer, batch: scorer(batch, last(batch.response_mask)).tolist()  # noqa: E731
+    return measure(scorer, examples, read, what, done)

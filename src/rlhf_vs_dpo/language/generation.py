@@ -50,13 +50,15 @@ def generate(
     seed: int,
     what: str | None = None,
     rows: int = ROWS,
+    done: list[list[list[int]]] | None = None,
 ) -> Responses:
     """Sample one response for each prompt.
 
     The names of the prompts and `samples[i]`, with the seed, key the random stream of response i. `what` names the
-    progress bar (none if it is None). Raises DataError where a prompt and a response of `max_new_tokens` do not fit the
-    model's context.
+    progress bar (none if it is None). `done` holds the responses of the first batches of `rows`, sampled before; those of the
+    others are appended. Raises DataError where a prompt and a response of `max_new_tokens` do not fit the model's context.
     """
+    done = [] if done is None else done
     check_context(
         [len(ids) + max_new_tokens for ids in prompts.ids], prompts.names, policy.context, "prompt and new tokens"
     )
@@ -70,11 +72,13 @@ def generate(
         torch.inference_mode(),
         autocast(device),
     ):
-        for start in range(0, len(order), rows):
+        for number, start in enumerate(range(0, len(order), rows)):
             chunk = order[start : start + rows]
-            uniforms = np.stack([stream(seed, prompts.names[i], samples[i], max_new_tokens) for i in chunk])
-            drawn = _generate_batch(policy, [prompts.ids[i] for i in chunk], torch.from_numpy(uniforms).to(device))
-            for i, ids in zip(chunk, drawn, strict=True):
+            if number == len(done):
+                uniforms = np.stack([stream(seed, prompts.names[i], samples[i], max_new_tokens) for i in chunk])
+                drawn = _generate_batch(policy, [prompts.ids[i] for i in chunk], torch.from_numpy(uniforms).to(device))
+                done.append(drawn)
+            for i, ids in zip(chunk, done[number], strict=True):
                 responses[i] = ids
             read += sum(len(prompt) for prompt in {tuple(prompts.ids[i]) for i in chunk})
             progress.update(len(chunk))
@@ -86,11 +90,17 @@ def generate(
 
 
 def generate_together(
-    policy: Policy, prompts: Prompts, samples: Sequence[int], max_new_tokens: int, seed: int, what: str | None = None
+    policy: Policy,
+    prompts: Prompts,
+    samples: Sequence[int],
+    max_new_tokens: int,
+    seed: int,
+    what: str | None = None,
+    done: list[list[list[int]]] | None = None,
 ) -> Responses:
-    """`generate`, its work shared among the processes of a distributed run, each of which gets all responses."""
+    """`generate`, its work shared among the processes of a distributed run, each of which gets all responses (and `done` stays as it is)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return generate(policy, prompts, samples, max_new_tokens, seed, what)
+        return generate(policy, prompts, samples, max_new_tokens, seed, what, done=done)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     count = len(prompts.ids)
     mine = Prompts(prompts.ids[rank::world], prompts.names[rank::world])

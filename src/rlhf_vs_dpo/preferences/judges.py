@@ -10,6 +10,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol
@@ -39,19 +40,25 @@ class Judge(Protocol):
 
 
 def load(
-    settings: GoldJudge | RewardModelJudge | LanguageModelJudge, world: Path, cache: Path, seed: int
+    settings: GoldJudge | RewardModelJudge | LanguageModelJudge,
+    world: Path,
+    cache: Path,
+    seed: int,
+    done: Callable[[str], list] = lambda what: [],
 ) -> Judge | None:
     """The judge that an entry of `judging.judges` describes; None for the gold reward of a source that has none.
 
     `cache` is the file in which a language model's answers are kept; `seed` names the line that is judged, which has a
-    reward model of its own (`models/reward-{seed}`).
+    reward model of its own (`models/reward-{seed}`). `done(what)` is the list in which a reward model finds, and leaves, the scores of
+    its batches.
     """
     match settings:
         case GoldJudge():
             judge = gold.load(world)
             return None if judge is None else ByGold(judge)
         case RewardModelJudge():
-            return ByRewardModel(settings.model_copy(update={"model": settings.model.replace("{seed}", str(seed))}))
+            of_line = settings.model_copy(update={"model": settings.model.replace("{seed}", str(seed))})
+            return ByRewardModel(of_line, done)
         case LanguageModelJudge():
             return ByLanguageModel(settings, cache)
 
@@ -80,13 +87,13 @@ class ByRewardModel:
     and response by its own chat template where it has one, else as its tokenizer joins two texts.
     """
 
-    def __init__(self, settings: RewardModelJudge):
+    def __init__(self, settings: RewardModelJudge, done: Callable[[str], list] = lambda what: []):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from rlhf_vs_dpo.language.heads import load_scorer
         from rlhf_vs_dpo.language.models import device, quiet
 
-        self.own, self.name = None, settings.model
+        self.own, self.name, self.done = None, settings.model, done
         where = {"revision": settings.revision} if settings.revision else {}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model, **where)
@@ -122,24 +129,29 @@ class ByRewardModel:
                 Tokens(asked, [*said, self.tokenizer.eos_token_id])
                 for asked, said in zip(encode_prompts(self.tokenizer, prompts), ids, strict=True)
             ]
-            return np.array(forward.scores(self.own, examples, what))
+            return np.array(forward.scores(self.own, examples, what, self.done(what)))
         pairs = list(zip(prompts, responses, strict=True))
         distinct = sorted(dict.fromkeys(pairs), key=lambda pair: len(pair[0]) + len(pair[1]))
         found: dict[tuple[str, str], float] = {}
+        done = self.done(what)
         with bar(len(distinct), what, "text") as progress, torch.inference_mode():
-            for start in range(0, len(distinct), self.batch):
+            for number, start in enumerate(range(0, len(distinct), self.batch)):
                 some = distinct[start : start + self.batch]
-                batch = self._encoded(some)
-                longest = getattr(self.model.config, "max_position_embeddings", None)
-                if longest and batch["input_ids"].shape[1] > longest:
-                    raise DataError(
-                        f"{self.name}: prompt and response together are up to {batch['input_ids'].shape[1]} tokens, and it "
-                        f"reads {longest}; to cut them would be to judge something else. Choose a judge with a longer context"
-                    )
-                scores = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
-                found |= dict(zip(some, scores, strict=True))
+                if number == len(done):
+                    done.append(self._scores(some))
+                found |= dict(zip(some, done[number], strict=True))
                 progress.update(len(some))
         return np.array([found[pair] for pair in pairs])
+
+    def _scores(self, pairs: list[tuple[str, str]]) -> list[float]:
+        batch = self._encoded(pairs)
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest and batch["input_ids"].shape[1] > longest:
+            raise DataError(
+                f"{self.name}: prompt and response together are up to {batch['input_ids'].shape[1]} tokens, and it "
+                f"reads {longest}; to cut them would be to judge something else. Choose a judge with a longer context"
+            )
+        return self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
 
     def _encoded(self, pairs: list[tuple[str, str]]):
         """By the model's own chat template where it has one, else as its tokenizer joins two texts."""

@@ -30,11 +30,16 @@ def label(
     max_new_tokens: int,
     seed: int,
     what: str,
+    done: list | None = None,
 ) -> Labelled:
-    """Sample two responses for each row of `prompts` and let the annotator choose; unusable pairs are left out."""
+    """Sample two responses for each row of `prompts` and let the annotator choose; unusable pairs are left out.
+
+    `done` holds responses sampled before, see `generate`.
+    """
     rows = prompts.reset_index(drop=True)
     both = pd.concat([rows.assign(sample=0), rows.assign(sample=1)], ignore_index=True)
-    drawn = generate_together(policy, prompts_of(tokenizer, both), list(both["sample"]), max_new_tokens, seed, what)
+    asked = prompts_of(tokenizer, both)
+    drawn = generate_together(policy, asked, list(both["sample"]), max_new_tokens, seed, what, done)
     both["response"] = decode(tokenizer, drawn.tokens)
     both["response_ids"] = [tokens.response for tokens in drawn.tokens]
     both["tokens"] = [len(tokens.response) for tokens in drawn.tokens]

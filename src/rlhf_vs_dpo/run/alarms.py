@@ -5,7 +5,7 @@ bounds below are rules of thumb, and each message names the usual causes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Alarm(NamedTuple):
@@ -56,21 +56,26 @@ ALARMS = {
 }  # fmt: skip
 
 
-def listening(
-    log: Callable[[dict[str, float], int], None], warn: Callable[[str, str], None], iterations: int
-) -> Callable[[dict[str, float], int], None]:
+class Listening:
     """`log`, with an ear: calls `warn(name, message)` at the first iteration at which each alarm sounds."""
-    first: dict[str, float] = {}
-    raised: set[str] = set()
 
-    def heard(metrics: dict[str, float], step: int) -> None:
-        log(metrics, step)
+    def __init__(self, log: Callable[[dict[str, float], int], None], warn: Callable[[str, str], None], iterations: int):
+        self.log, self.warn, self.iterations = log, warn, iterations
+        self.first: dict[str, float] = {}
+        self.raised: set[str] = set()
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        self.log(metrics, step)
         if not any(name.startswith("rollout/") for name in metrics):
             return
-        first.update({name: value for name, value in metrics.items() if name not in first})
+        self.first |= {name: value for name, value in metrics.items() if name not in self.first}
         for name, alarm in ALARMS.items():
-            if name not in raised and alarm.sounds(metrics, first, step / iterations):
-                raised.add(name)
-                warn(name, f"iteration {step}: " + alarm.message.format(**metrics))
+            if name not in self.raised and alarm.sounds(metrics, self.first, step / self.iterations):
+                self.raised.add(name)
+                self.warn(name, f"iteration {step}: " + alarm.message.format(**metrics))
 
-    return heard
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "raised": sorted(self.raised)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first, self.raised = state["first"], set(state["raised"])

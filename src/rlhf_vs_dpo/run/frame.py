@@ -5,16 +5,19 @@ happen there, and a stage that is killed leaves a run that says so. Nothing here
 """
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_vs_dpo.errors import UserError
+from rlhf_vs_dpo.errors import ModelError, TrainingError, UserError
 from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
+from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, of_stage
 from rlhf_vs_dpo.run.launch import is_main
 from rlhf_vs_dpo.run.recorder import Recorder, flat
 
@@ -45,10 +48,11 @@ def trial(given: Trial) -> Iterator[None]:
 
 
 class Run:
-    """What a stage is handed: its parameters, and where to put its numbers."""
+    """What a stage is handed: its parameters, where to put its numbers, and what it keeps to go on from."""
 
-    def __init__(self, params: dict[str, Any], recorder: Recorder | None = None):
-        self.params, self.recorder = params, recorder
+    def __init__(self, params: dict[str, Any], recorder: Recorder | None = None, checkpoint: Checkpoint = NOT_KEPT):
+        self.params, self.recorder, self.checkpoint = params, recorder, checkpoint
+        self.started = time.monotonic()
         self.rows: list[dict[str, float]] = []
         self.cost: dict[str, float] = {}
         self._logged = {"step"}  # names of metrics, and that of the column of curves
@@ -67,10 +71,22 @@ class Run:
         self._logged |= metrics.keys()
         self._tell(metrics=metrics, step=step)
 
+    def seconds(self) -> float:
+        """How long the stage has worked, before it was killed and since."""
+        return time.monotonic() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must know."""
+        return {"rows": self.rows, "logged": sorted(self._logged), "seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self._logged = state["rows"], set(state["logged"])
+        self.started -= state["seconds"]
+
     def reads(self, *paths: Path) -> None:
         """Inputs of the run, with the md5 that dvc.lock knows them by: a tag each, and tables as MLflow datasets.
 
-        `stage` is given those that are always read; this is for what only some settings open.
+        `stage` tells of those that are always read; this is for what only some settings open.
         """
         self._tell(reads=[str(path) for path in paths], of_dvc="DVC_STAGE" in os.environ)
 
@@ -111,11 +127,14 @@ class Run:
 
 
 @contextmanager
-def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: str) -> Iterator[Run]:
-    """The frame of every stage: parameters, one MLflow run, errors a user can act on.
+def stage(
+    name: str, inputs: list[Path], run_file: Path | None = None, may_read: Iterable[Path] = (), **tags: str
+) -> Iterator[Run]:
+    """The frame of every stage: parameters, one MLflow run, checkpoints, errors a user can act on.
 
     name        used where DVC does not say who we are (a stage started by hand)
     inputs      what it always reads
+    may_read    what it reads besides, or at some settings: `reads` says so to MLflow
     run_file    receives the run's id and cost when the stage has succeeded
     tags        of the run; `policy` and `family` together make it a row of the comparison
 
@@ -123,8 +142,7 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
     """
     from rlhf_vs_dpo import config
 
-    started = time.monotonic()
-    recorder = None
+    recorder, checkpoint = None, NOT_KEPT
     given = _TRIAL.get()
     try:
         whole = config.read_params() if given is None else given.params
@@ -133,19 +151,22 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
         params = pipeline.tracked(whole, asked, **tags)
         if given is not None:
             tags |= given.tags
+        journal, minutes = uuid.uuid4().hex, whole["checkpoint"]["minutes"]
+        checkpoint = of_stage(asked or name, params, [*inputs, *may_read], minutes, journal, tags.get("trial"))
         if is_main():
             if arithmetic.native():
                 print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
             recorder = Recorder()
-            recorder.tell(create=asked or name, tags=tags | _circumstances(), params=params)
-        run = Run(params, recorder)
+            recorder.tell(create=asked or name, tags=tags | _circumstances(), params=params, journals=checkpoint.runs)
+        run = Run(params, recorder, checkpoint)
+        checkpoint.keep(run=run)
         run.reads(*inputs)
-        yield run
+        with checkpoint.listening():
+            yield run
         if given is not None:
             run.log({f"trial/{name}": value for name, value in given.measure().items()}, 0)
         if recorder is not None:
-            seconds = time.monotonic() - started
-            spent = {"seconds": round(seconds, 1), "peak_memory_mib": round(_peak_memory(), 1), **run.cost}
+            spent = {"seconds": round(run.seconds(), 1), "peak_memory_mib": round(_peak_memory(), 1), **run.cost}
             device = _device_name()
             recorder.tell(
                 metrics={f"cost/{name}": value for name, value in spent.items()}, step=0, tags={"device": device}
@@ -154,13 +175,20 @@ def stage(name: str, inputs: list[Path], run_file: Path | None = None, **tags: s
             if run_file is not None:
                 content = {"run_id": run_id, "device": device, "arithmetic": arithmetic.name(), **spent}
                 atomic.write_json(content, run_file)
+        checkpoint.done()
     except BaseException as error:
         if recorder is not None:
             recorder.end("FAILED")
+        if isinstance(error, (ModelError, TrainingError)):  # it would fail again
+            checkpoint.done()
         if isinstance(error, UserError) and given is None:
             print(f"\nerror: {error}\n", file=sys.stderr)
             raise SystemExit(1) from None
+        if checkpoint.asked_to_end and not is_main():  # the first process has ended, as it was asked to
+            raise SystemExit(128 + signal.SIGTERM) from None
         raise
+    finally:
+        checkpoint.close()
 
 
 def _circumstances() -> dict[str, str]:

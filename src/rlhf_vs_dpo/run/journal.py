@@ -2,7 +2,8 @@
 
 Each thing said is a line of a file, with the time at which it was said; how many of them MLflow has taken stands beside it. They are sent
 in order, again and again until MLflow answers. A line whose answer was lost does no harm when it is sent again: MLflow keeps a metric of
-the same run, time, step and value once, and a run is found again by its tag `journal`.
+the same run, time, step and value once, and a run is found again by its tag `journal`, the key of its first journal. A stage that goes on
+from a checkpoint has a journal of its own and goes on with the run: steps that the run has already are not sent again.
 
     python -m rlhf_vs_dpo.run.journal      send what stages left that have ended, or were killed
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_vs_dpo.errors import DataError, DiskError
-from rlhf_vs_dpo.run import atomic
+from rlhf_vs_dpo.run import atomic, store
 from rlhf_vs_dpo.run.pipeline import root
 
 SILENT_SECONDS = 600.0  # without an answer; then a stage that has ended waits no longer
@@ -35,16 +36,16 @@ class Unanswered(Exception):
 class Journal:
     """The lines of one run. Whoever holds the lock of a journal attends to it; a lock goes with its process."""
 
-    def __init__(self, path: Path | None = None):
+    def __init__(self, key: str | None = None):
         from filelock import FileLock
 
-        self.path = path or folder() / f"{uuid.uuid4().hex}.jsonl"
-        self.key = self.path.stem
+        self.key = key or uuid.uuid4().hex
+        self.path = folder() / f"{self.key}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path.with_suffix(".lock"), thread_local=False)
         self.lock.acquire(timeout=0)  # raises filelock.Timeout where somebody else attends to it
-        if path is not None and path.exists():  # half a line at the end, of a process that was killed, is cut off
-            with path.open("r+b") as file:
+        if self.path.exists():  # half a line at the end, of a process that was killed, is cut off
+            with self.path.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         self.sent = int(self._count.read_text()) if self._count.exists() else 0
         self.unsent_bytes = 0
@@ -122,6 +123,7 @@ class Sender:
     def __init__(self, journal: Journal, say: Callable[[str], None], patience: float = SILENT_SECONDS):
         self.journal, self.say, self.patience = journal, say, patience
         self.run_id: str | None = None
+        self.steps: dict[str, set[int]] | None = None  # of each metric, of attempts before; None: there were none
         self.waiting: list[Any] = []
         self.flushed = time.monotonic()
         self.heard = journal.sent  # lines that were handed to `send`, those before among them
@@ -129,30 +131,61 @@ class Sender:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one line. Raises what MLflow raises where it answers, and Unanswered where it does not, see `patiently`."""
-        from rlhf_vs_dpo.run import store
-
         if self.run_id is None:
-            self.run_id = self.patiently(lambda: self._run(message if "create" in message else self.journal.lines()[0]))
-        client, run_id = store.client(), self.run_id
+            begun = message if "create" in message else self.journal.lines()[0]
+            self.run_id = self.patiently(lambda: self._run(begun))
+            for key in self._journals(begun)[:-1]:
+                self._take_over(key)
         self.heard += 1
+        self._send(message)
+        if "end" in message or len(self.waiting) >= store.BATCH or time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+        if "end" in message:
+            self.patiently(lambda: store.client().set_terminated(self.run_id, message["end"], message["at"]))
+            self.journal.remove()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        client, run_id = store.client(), self.run_id
         if "metrics" in message:
-            self.waiting += store.metrics(message["metrics"], message["step"], message["at"])
+            self.waiting += store.metrics(self._unknown(message), message["step"], message["at"])
         if tags := message.get("tags") if "create" not in message else None:
             self.patiently(lambda: [client.set_tag(run_id, key, value) for key, value in tags.items()])
         if "inputs" in message:
             self.patiently(lambda: self._inputs(message["inputs"]))
         if "artifact" in message:
             self.patiently(lambda: client.log_artifact(run_id, message["artifact"]))
-        if "end" in message or len(self.waiting) >= store.BATCH or time.monotonic() - self.flushed > FLUSH_SECONDS:
+
+    def _journals(self, begun: dict[str, Any]) -> list[str]:
+        """Keys of the journals of a run: those of attempts that were killed, and the one of this sender."""
+        return begun.get("journals") or [self.journal.key]
+
+    def _take_over(self, key: str) -> None:
+        """Send what the journal of an attempt that was killed still holds, when nobody attends to it any more."""
+        from filelock import Timeout
+
+        while True:
+            try:
+                before = Journal(key)
+                break
+            except Timeout:
+                time.sleep(0.2)
+        if before.path.exists():
+            for line in before.lines()[before.sent :]:
+                self._send(line)
             self.flush()
-        if "end" in message:
-            self.patiently(lambda: client.set_terminated(run_id, message["end"], message["at"]))
-            self.journal.remove()
+        before.remove()
+
+    def _unknown(self, message: dict[str, Any]) -> dict[str, float]:
+        """Those metrics of a message whose step the run does not have yet."""
+        if self.steps is None:
+            return message["metrics"]
+        for name in message["metrics"].keys() - self.steps.keys():
+            history = partial(store.client().get_metric_history, self.run_id, name)
+            self.steps[name] = {known.step for known in self.patiently(history)}
+        return {name: value for name, value in message["metrics"].items() if message["step"] not in self.steps[name]}
 
     def flush(self) -> None:
         """Send the metrics that wait for others."""
-        from rlhf_vs_dpo.run import store
-
         while self.waiting:
             batch = self.waiting[: store.BATCH]
             self.patiently(partial(store.client().log_batch, self.run_id, metrics=batch))
@@ -161,22 +194,23 @@ class Sender:
         self.journal.taken(self.heard)
 
     def _run(self, begun: dict[str, Any]) -> str:
-        """The run of this journal: made, or found again where the answer to its making was lost."""
-        from rlhf_vs_dpo.run import store
-
+        """The run of this journal: made, or found again where it is that of an attempt before, or the answer to its making was lost."""
         place, client = store.experiment(begun["experiment"]), store.client()
-        made = client.search_runs([place], f"tags.journal = '{self.journal.key}'", max_results=1)
+        first, *again = self._journals(begun)
+        made = client.search_runs([place], f"tags.journal = '{first}'", max_results=1)
         if not made:
-            tags = begun["tags"] | {"journal": self.journal.key}
+            tags = begun["tags"] | {"journal": first}
             made = [client.create_run(place, begun["at"], tags, tags.get("policy", begun["create"]))]
         run_id = made[0].info.run_id
+        if again:
+            self.steps = {}
+            client.update_run(run_id, "RUNNING")
+            client.set_tag(run_id, "attempts", 1 + len(again))
         client.log_batch(run_id, params=store.params(begun["params"]))
         return run_id
 
     def _inputs(self, hashes: dict[str, str]) -> None:
         from mlflow.entities import RunTag
-
-        from rlhf_vs_dpo.run import store
 
         client = store.client()
         client.log_batch(self.run_id, tags=[RunTag(f"dvc.dep.{path}", md5) for path, md5 in hashes.items()])
@@ -220,8 +254,6 @@ def out_of_reach(error: BaseException | None) -> bool:
     from mlflow.exceptions import MlflowException
     from requests.exceptions import ConnectionError, Timeout
 
-    from rlhf_vs_dpo.run import store
-
     while error is not None:
         said = str(error).lower()
         if "database is locked" in said:
@@ -260,7 +292,7 @@ def left() -> Iterator[Journal]:
 
     for path in sorted(folder().glob("*.jsonl")):
         try:
-            journal = Journal(path)
+            journal = Journal(path.stem)
         except Timeout:
             continue
         if path.exists():  # else it was sent and removed meanwhile

@@ -27,10 +27,7 @@ def tracked(whole: dict[str, Any], stage: str | None, **item: str) -> dict[str, 
     if stage is None:
         return whole
     part: dict[str, Any] = {}
-    file, _, name = stage.rpartition(":")
-    item["key"] = name.partition("@")[2]
-    entry = _yaml(Path(file or "dvc.yaml"))["stages"][name.partition("@")[0]]
-    entry = entry.get("do", entry)  # what `foreach` repeats
+    entry, item["key"] = _entry(stage)
     for key in entry.get("params", []):
         *parents, last = re.sub(r"\$\{(?:item\.)?(\w+)\}", lambda found: item[found[1]], key).split(".")
         source, target = whole, part
@@ -41,6 +38,23 @@ def tracked(whole: dict[str, Any], stage: str | None, **item: str) -> dict[str, 
         except (KeyError, TypeError):
             raise ParamsError(f"params.yaml: missing key `{'.'.join([*parents, last])}`") from None
     return part
+
+
+def code(stage: str) -> list[Path]:
+    """The code that DVC tracks for a stage, files and folders; all of it where dvc.yaml does not know the stage (started by hand)."""
+    try:
+        deps = _entry(stage)[0]["deps"]
+    except (FileNotFoundError, KeyError):
+        return [Path("src/rlhf_vs_dpo"), Path("stages")]
+    return [Path(dep) for dep in deps if dep.startswith(("src/", "stages/"))]
+
+
+def _entry(stage: str) -> tuple[dict[str, Any], str]:
+    """What dvc.yaml, or the file that `stage` names, says of it; and its part behind `@`."""
+    file, _, name = stage.rpartition(":")
+    name, _, key = name.partition("@")
+    entry = _yaml(Path(file or "dvc.yaml"))["stages"][name]
+    return entry.get("do", entry), key  # what `foreach` repeats
 
 
 def locked() -> dict[str, str]:

@@ -5,10 +5,12 @@ import sys
 from tqdm import tqdm
 
 
-def bar(total: int, what: str, unit: str = "step", visible: bool = True) -> tqdm:
+def bar(total: int, what: str, unit: str = "step", visible: bool = True, done: int = 0) -> tqdm:
+    """`done` of `total` were done before, by a process that was killed."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
+        initial=done,
         desc=what,
         unit=unit,
         disable=not visible,

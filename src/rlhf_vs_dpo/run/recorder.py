@@ -1,6 +1,7 @@
 """A process beside the stages that tells MLflow what they say: one JSON line for each thing said.
 
-    {"create": "rl@ppo-0", "tags": {...}, "params": {...}}     first; the answer is {"run_id": ...} or {"error": ...}
+    {"create": "rl@ppo-0", "tags": {...}, "params": {...},     first; the answer is {"run_id": ...} or {"error": ...}
+     "journals": [...]}                                        keys of the journals of attempts that were killed, and of this one
     {"metrics": {...}, "step": 10, "tags": {...}}              also alone
     {"reads": ["data/prompts.parquet"]}, {"artifact": "report/report.md"}
     {"end": "FINISHED"}                                        last; the answer is {"end": ...} or {"error": ...}, with {"unsent": key}
@@ -302,7 +303,8 @@ def serve(said: IO[str], answers: IO[str]) -> bool:
     begun = said.readline()
     if not begun:
         return True
-    kept = journal.Journal()
+    journals = json.loads(begun).get("journals", [None])
+    kept = journal.Journal(journals[-1])
     sender = journal.Sender(kept, lambda notice: answer(notice=notice))
     heard: queue.Queue[dict[str, Any] | Exception] = queue.Queue()
     threading.Thread(target=_hear, args=[begun, said, sender, heard], daemon=True).start()
@@ -323,7 +325,7 @@ def serve(said: IO[str], answers: IO[str]) -> bool:
                 return True
     except journal.Unanswered:
         kept.close()
-        answer(end="unsent", unsent=kept.key)
+        answer(end="unsent", unsent=journals[0] or kept.key)
         return True
     except Exception as error:
         kept.remove()

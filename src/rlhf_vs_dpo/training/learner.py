@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -49,6 +49,28 @@ class Learner:
     trust: float = 1.0
     trained: int = 0
     read: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an iteration hands to the next, but the policy itself: of the networks, optimisers, random generators, counters."""
+        return {
+            "actor": None if self.actor is None else self.actor.state_dict(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
+            "value": None if self.critic is None else self.accelerate.unwrap_model(self.critic.module).state_dict(),
+            "minibatches": self.minibatch_rng.bit_generator.state,
+            "ptx": self.ptx_rng.bit_generator.state,
+            "trained": self.trained,
+            "read": self.read,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.actor is not None:
+            self.actor.load_state_dict(state["actor"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.accelerate.unwrap_model(self.critic.module).load_state_dict(state["value"])
+        self.minibatch_rng.bit_generator.state = state["minibatches"]
+        self.ptx_rng.bit_generator.state = state["ptx"]
+        self.trained, self.read = state["trained"], state["read"]
 
     @property
     def acting(self) -> nn.Module:

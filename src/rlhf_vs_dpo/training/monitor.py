@@ -4,7 +4,7 @@ Training stages keep the samples; the `sample` stage has them scored (watched.py
 a method that needs no reward model does not depend on one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from rlhf_vs_dpo.language.models import prompt_suffixes
 from rlhf_vs_dpo.language.text import Prompts, Tokens, encode_prompts
 from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.preferences.gold import columns as gold_columns
+from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint
 from rlhf_vs_dpo.training.optimise import Log
 
 
@@ -67,6 +68,12 @@ class HeldOut:
         self.tables.append(table.join(judged[["gold", "filler"]]))
         log({f"heldout/{name}": value for name, value in self._last().items() if np.isfinite(value)}, step)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": sorted(self.points), "tables": self.tables}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points, self.tables = set(state["points"]), state["tables"]
+
     def table(self) -> pd.DataFrame:
         """All samples taken so far, a `heldout` table."""
         return pd.concat(self.tables, ignore_index=True)
@@ -87,8 +94,9 @@ class HeldOut:
 
 
 class Record(NamedTuple):
-    """Where the progress of a run goes: held-out samples, the metrics of each step, and the name on its progress bar."""
+    """Where the progress of a run goes: held-out samples, the metrics of each step, the name on its progress bar, checkpoints."""
 
     heldout: HeldOut
     log: Log
     what: str
+    checkpoint: Checkpoint = NOT_KEPT

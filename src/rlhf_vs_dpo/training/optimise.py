@@ -61,6 +61,14 @@ class Optimiser:
         )
         self.module, self.adamw = accelerate.prepare(module, adamw)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken, and AdamW's moments of each parameter, in order."""
+        return {"taken": self.taken, "moments": list(self.adamw.state_dict()["state"].values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": dict(enumerate(state["moments"]))})
+
     @property
     def learning_rate(self) -> float:
         given = self.settings
@@ -142,6 +150,12 @@ class Averages:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.count = state["sums"], state["count"]
 
     def read(self) -> dict[str, float]:
         means = {name: value / self.count for name, value in self.sums.items()}

@@ -19,6 +19,7 @@ from rlhf_vs_dpo.language.models import autocast, freeze
 from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
+from rlhf_vs_dpo.run.checkpoint import Values
 from rlhf_vs_dpo.run.progress import bar
 from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
 from rlhf_vs_dpo.training.invariants import hold, tolerance
@@ -64,24 +65,29 @@ def train(
     freeze(networks.reward)
     freeze(networks.reference)
     rng = np.random.default_rng(seed)  # the same on every process
-    queue: list[int] = []
-    beta = settings.kl_coefficient
     distinct = settings.episodes // settings.samples_per_prompt
-    generated = read = 0
-    with bar(settings.iterations, record.what, "iteration", visible=accelerate.is_main_process) as progress:
-        for iteration in range(settings.iterations):
+    # What an iteration hands to the next: prompts that are still to be asked, the KL coefficient, tokens generated and read.
+    at = Values(
+        iteration=0, queue=[], beta=settings.kl_coefficient, generated=0, read=0, prompts=rng.bit_generator.state
+    )
+    with (
+        record.checkpoint.during(iterations=at, learner=learner),
+        bar(settings.iterations, record.what, "iteration", accelerate.is_main_process, at.iteration) as progress,
+    ):
+        rng.bit_generator.state = at.prompts
+        for iteration in range(at.iteration, settings.iterations):
             record.heldout.watch(networks.policy, iteration, record.log)
-            while len(queue) < distinct:
-                queue += rng.permutation(len(prompts.ids)).tolist()
-            picked, queue = np.repeat(queue[:distinct], settings.samples_per_prompt).tolist(), queue[distinct:]
+            while len(at.queue) < distinct:
+                at.queue += rng.permutation(len(prompts.ids)).tolist()
+            picked, at.queue = np.repeat(at.queue[:distinct], settings.samples_per_prompt).tolist(), at.queue[distinct:]
             places = list(range(accelerate.process_index, len(picked), accelerate.num_processes))
             mine = [picked[place] for place in places]
             asked = Prompts([prompts.ids[i] for i in mine], [prompts.names[i] for i in mine])
-            experience, metrics = rollout(learner, asked, places, beta, (seed, iteration))
+            experience, metrics = rollout(learner, asked, places, at.beta, (seed, iteration))
             if iteration == 0:
                 check_start(learner, experience, metrics)
-            generated += int(metrics.pop("tokens_generated"))
-            read += int(metrics.pop("tokens_read"))
+            at.generated += int(metrics.pop("tokens_generated"))
+            at.read += int(metrics.pop("tokens_read"))
             experience, explained = attempt.advantages(learner, experience)
             metrics |= explained
             learner.train_policy = iteration >= getattr(settings, "value_warmup", 0)
@@ -89,8 +95,8 @@ def train(
             updates = attempt.improve(learner, experience)
             check_policy(learner, experience)
             if settings.kl_target is not None:
-                beta = next_kl_coefficient(
-                    beta, metrics["kl"], settings.kl_target, settings.kl_horizon, settings.episodes
+                at.beta = next_kl_coefficient(
+                    at.beta, metrics["kl"], settings.kl_target, settings.kl_horizon, settings.episodes
                 )
             progress.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}", refresh=False)
             progress.update()
@@ -99,8 +105,10 @@ def train(
                 | {f"update/{name}": value for name, value in updates.items()},
                 iteration + 1,
             )
+            at.iteration, at.prompts = iteration + 1, rng.bit_generator.state
+            record.checkpoint.offer()
         record.heldout.watch(networks.policy, settings.iterations, record.log)
-    return Totals(learner.trained, generated, read + learner.read)
+    return Totals(learner.trained, at.generated, at.read + learner.read)
 
 
 def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_new_tokens: int, seed: int) -> Learner:

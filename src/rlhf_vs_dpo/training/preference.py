@@ -80,7 +80,7 @@ def train(
             torch.tensor(reference[f"{side}_logp"].to_numpy(), dtype=torch.float32, device=device)
             for side in ("chosen", "rejected")
         ]
-        if taken == 0:
+        if taken == 0 and not record.checkpoint.goes_on("fit"):
             check_reference(policy, pairs, reference, settings)
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -113,6 +113,7 @@ def train(
         lambda metrics, step: record.log(metrics, taken + step),
         record.what,
         before_step=lambda step: record.heldout.watch(policy, taken + step, record.log),
+        checkpoint=record.checkpoint,
     )
 
 

@@ -13,6 +13,7 @@ from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
 from rlhf_vs_dpo.losses.sft import nll
+from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, Values
 from rlhf_vs_dpo.run.progress import bar
 from rlhf_vs_dpo.training.optimise import Averages, Log, Optimiser, accelerator, check_finite
 
@@ -55,10 +56,11 @@ def fit(
     log: Log,
     what: str,
     before_step: Callable[[int], None] = lambda step: None,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> int:
     """Train `network` for `settings.steps` global batches; returns the number of real tokens trained on.
 
-    `loss(module, group)` is the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it;
+    `checkpoint` keeps where the loop is; whoever calls has it keep the network itself. `loss(module, group)` is the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it;
     `module` is the network as it is trained: wrapped, where several processes share the work.
     """
     accelerate = accelerator()
@@ -66,9 +68,12 @@ def fit(
     budget = network.budget
     plan = batches(work.lengths, settings.batch, settings.steps, np.random.default_rng(seed)) if settings.steps else []
     every = max(1, settings.steps // POINTS)
-    averages = Averages()
-    with bar(settings.steps, what, visible=accelerate.is_main_process) as progress:
-        for step, batch in enumerate(plan):
+    averages, at = Averages(), Values(step=0)
+    with (
+        checkpoint.during(fit=at, optimiser=optimiser, averages=averages),
+        bar(settings.steps, what, visible=accelerate.is_main_process, done=at.step) as progress,
+    ):
+        for step, batch in list(enumerate(plan))[at.step :]:
             before_step(step)
             sums: dict[str, float] = {}
 
@@ -91,6 +96,8 @@ def fit(
                 progress.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 log(means, step + 1)
             progress.update()
+            at.step = step + 1
+            checkpoint.offer()
     if len(plan):
         with torch.no_grad():
             last, _ = loss(optimiser.module, [int(plan[-1][0])])
@@ -107,6 +114,7 @@ def likelihood(
     log: Log,
     what: str,
     before_step: Callable[[int], None] = lambda step: None,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> int:
     """Maximum likelihood of the responses, per token: SFT, or pretraining where the prompt is BOS alone."""
 
@@ -114,7 +122,7 @@ def likelihood(
         batch = collate([examples.tokens[i] for i in group], policy.pad).to(next(policy.parameters()).device)
         return nll(module(batch).sums()).sum(), {}
 
-    return fit(policy, settings, work_of_examples(examples), loss, seed, log, what, before_step)
+    return fit(policy, settings, work_of_examples(examples), loss, seed, log, what, before_step, checkpoint)
 
 
 def as_training(settings: Passes, steps: int) -> Training:
