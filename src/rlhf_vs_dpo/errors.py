@@ -21,6 +21,10 @@ class JudgeError(UserError):
     """A judge cannot be asked."""
 
 
+class OutOfMemory(UserError):
+    """What is computed at once does not fit on the device."""
+
+
 class DiskError(UserError):
     """What is to be written does not fit on its disk."""
 

@@ -200,7 +200,7 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
     prompts, places = Prompts(tabular.prompts.ids * 32, [f"e{i}" for i in range(64)]), list(range(64))
     episodes, _ = rollouts.rollout(learner, prompts, places, 0.5, (0, 0))
     episodes, _ = rollouts.generalised_advantages(learner, episodes)
-    batch = attempts._micro(learner, episodes, places)[0]
+    batch = attempts._micro(learner, episodes, places, learner.memory.tokens)[0]
     weight = policy.model.outcomes.weight
     before = weight.detach().clone()
 

@@ -23,7 +23,7 @@ from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training import watched as watching
 from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.monitor import Record
-from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
+from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator
 
 SETTINGS = rl_settings(
     episodes=12, epochs=1, gae_discount=0.9, gae_lambda=0.6, unfinished_reward=-7.0, kl_coefficient=0.3, clip=0.1, value_clip=0.05
@@ -113,7 +113,7 @@ def optimiser(module, **changes):
 def learner(networks, value=None, settings=SETTINGS, corpus=()):
     """Optimisers of both, random streams, four tokens a response, a small budget."""
     return Learner(
-        networks, accelerator(), settings, 4, optimiser(networks.policy), value and optimiser(value), corpus, 64,
+        networks, accelerator(), settings, 4, optimiser(networks.policy), value and optimiser(value), corpus, Memory(64, accelerator()),
         np.random.default_rng(0), np.random.default_rng(1),
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
     taught = learner(networks, None, rl_settings(ptx_coefficient=0.7, ptx_batch=12), examples)
     policy(collate(examples[:3], 3)).sums().sum().backward()
     before = gradients(policy)
-    measured = attempts.accumulate_ptx(taught)
+    measured = attempts.accumulate_ptx(taught, attempts.draw_documents(taught), taught.memory.tokens)
     added = gradients(policy) - before
     picked = np.random.default_rng(1).choice(12, size=12, replace=False)
     chosen = [examples[i] for i in picked]

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import small_model
 from torch import nn
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Rl, Training
-from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.errors import OutOfMemory, TrainingError
 from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
@@ -94,6 +95,58 @@ def test_micro_batches_do_not_change_training(tokenizer, examples, budget, monke
     (one, losses), (other, other_losses) = trained("100000"), trained(budget)
     assert other_losses == pytest.approx(losses, abs=1e-4)
     assert (one - other).abs().max() < 2e-4
+
+
+class Full:
+    """A device whose memory is full from the second backward pass on, so many times; then somebody has gone."""
+
+    def __init__(self, monkeypatch, times: int):
+        self.passes, self.times, original = 0, times, Accelerator.backward
+
+        def backward(accelerate, loss, **kwargs):
+            self.passes += 1
+            if self.passes >= 2 and self.times:
+                self.times -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            original(accelerate, loss, **kwargs)
+
+        monkeypatch.setattr(Accelerator, "backward", backward)
+
+
+@pytest.mark.parametrize("what", ["sft", "reinforce", "ppo", "ppo_ptx"])
+def test_a_batch_that_does_not_fit_is_begun_again_in_halves(tokenizer, examples, what, monkeypatch, capsys):
+    """Part of its gradient was there already; nothing but rounding is another one, metrics included."""
+    monkeypatch.setenv("RLHF_NATIVE", "1")
+    monkeypatch.setenv("RLHF_MICRO_TOKENS", "60")
+
+    def trained():
+        rows = []
+        if what == "sft":
+            policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+            supervised.likelihood(policy, named(examples), TRAINING, 0, lambda m, s: rows.append(m), "x")
+        else:
+            settings = rl_settings(what, iterations=1)
+            policy = run_ppo(
+                tokenizer, settings, corpus=examples * 3, log=lambda m, s: rows.append(m), max_new_tokens=9
+            )
+        return weights(policy), rows[-1]
+
+    whole, metrics = trained()
+    Full(monkeypatch, 1)
+    again, other = trained()
+    assert capsys.readouterr().err.count("micro-batches are halved, to 30 tokens") == 1
+    assert (again - whole).abs().max() < 2e-4 and other == pytest.approx(metrics, rel=1e-3, abs=1e-3)
+
+
+def test_a_batch_that_does_not_fit_in_halves_says_what_to_lower(tokenizer, examples, monkeypatch):
+    monkeypatch.setenv("RLHF_NATIVE", "1")
+    monkeypatch.setenv("RLHF_MICRO_TOKENS", "60")
+    Full(monkeypatch, 99)
+    policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
+    before = weights(policy)
+    with pytest.raises(OutOfMemory, match=r"(?s)Tried to allocate 2.00 GiB.*RLHF_MICRO_TOKENS to 15"):
+        supervised.likelihood(policy, named(examples), TRAINING, 0, silent, "x")
+    assert torch.equal(weights(policy), before)
 
 
 def test_the_loss_is_the_mean_over_tokens_not_over_sequences(tokenizer, examples):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_vs_dpo.errors import ParamsError, UserError
-from rlhf_vs_dpo.run import recorder
+from rlhf_vs_dpo.run import recorder, shortage
 from rlhf_vs_dpo.run.launch import end_with_parent
 
 LOGS = Path("logs")
@@ -99,6 +99,8 @@ def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
     print(
         f"\n{failure['cell']} failed. The end of {log}:\n", *(f"  {line}" for line in tail), sep="\n", file=sys.stderr
     )
+    if failure["starved"]:
+        print(f"\nThe kernel has killed a process because memory ran out; {shortage.ADVICE}.", file=sys.stderr)
     print("\n`make repro` goes on from here.", file=sys.stderr)
     return failure["status"]
 
@@ -118,7 +120,7 @@ def one(number: str, name: str) -> int:
     if "RLHF_GPUS" in environment and "RLHF_SLOT" in environment:
         of = environment["RLHF_GPUS"].split(",")
         environment["CUDA_VISIBLE_DEVICES"] = of[int(environment["RLHF_SLOT"]) % len(of)]
-    log, started = _log(name), time.monotonic()
+    log, started, killed_before = _log(name), time.monotonic(), shortage.kills()
     interrupted: list[bool] = []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # Ctrl-C ends DVC; this waits for it, and says so
     _say(f"{number:>7}  {name} starts")
@@ -139,7 +141,8 @@ def one(number: str, name: str) -> int:
     _say(f"{number:>7}  {name} {'interrupted' if interrupted else 'FAILED'} after {took}")
     try:
         with FIRST_FAILURE.open("x") as file:
-            json.dump({"cell": name, "status": status if 0 < status < 256 else 1}, file)
+            starved = "exited with -9" in log.read_text(errors="replace") and shortage.kills() > killed_before
+            json.dump({"cell": name, "status": status if 0 < status < 256 else 1, "starved": starved}, file)
     except FileExistsError:
         pass
     return 1

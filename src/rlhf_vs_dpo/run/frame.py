@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_vs_dpo.errors import ModelError, TrainingError, UserError
-from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
+from rlhf_vs_dpo.run import arithmetic, atomic, pipeline, shortage
 from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, of_stage
 from rlhf_vs_dpo.run.launch import is_main
 from rlhf_vs_dpo.run.recorder import Recorder, flat
@@ -181,6 +181,7 @@ def stage(
             recorder.end("FAILED")
         if isinstance(error, (ModelError, TrainingError)):  # it would fail again
             checkpoint.done()
+        error = shortage.of(error) or error
         if isinstance(error, UserError) and given is None:
             print(f"\nerror: {error}\n", file=sys.stderr)
             raise SystemExit(1) from None

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf_vs_dpo.errors import DataError, UserError
-from rlhf_vs_dpo.run import journal, store
+from rlhf_vs_dpo.run import journal, shortage, store
 
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
 SHARED = "RLHF_RECORDER"  # the socket of a process that several stages share
@@ -340,6 +340,7 @@ def _hear(begun: str, said: IO[str], sender: journal.Sender, heard: queue.Queue)
     def say(**message: Any) -> None:
         heard.put(sender.journal.add(message))
 
+    killed_before = shortage.kills()
     try:
         for line in itertools.chain([begun], _until_hung_up(said)):
             message = written(json.loads(line))
@@ -350,6 +351,9 @@ def _hear(begun: str, said: IO[str], sender: journal.Sender, heard: queue.Queue)
                 watching = Machine(say)
         else:
             message = {"end": "FAILED"}  # of a stage that is killed
+            if shortage.kills() > killed_before:
+                say(tags={"killed": "out of memory"})
+                print(f"\nerror: the stage was killed because memory ran out; {shortage.ADVICE}\n", file=sys.stderr)
         if watching is not None:
             watching.finish()
         sender.ended = True

@@ -13,6 +13,7 @@ needs second derivatives; the third imitates the brake by clipping, at the price
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -55,14 +56,18 @@ class Attempt(NamedTuple):
 def policy_gradient_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
     """One step along the policy gradient, the mean over episodes of A grad log pi(y|x) (losses/reinforce.py)."""
     everything = list(range(len(episodes.tokens)))
-    micro = _micro(learner, episodes, everything)
 
     def loss(group: Micro) -> Tensor:
         logp = learner.actor.module(group.batch).logp[group.batch.response_mask]
         return policy_gradient_loss(logp, group.of(episodes.advantages)).sum()
 
     rate = learner.actor.learning_rate
-    value = learner.actor.accumulate(micro, loss, learner.settings.episodes)
+    value = learner.memory.within(
+        lambda tokens: learner.actor.accumulate(
+            _micro(learner, episodes, everything, tokens), loss, learner.settings.episodes
+        ),
+        learner.actor,
+    )
     norm = learner.actor.step(value, episodes.names)
     learner.trained += _length(learner, episodes, everything)
     return {"policy_loss": value, "policy_gradient_norm": norm, "learning_rate": rate}
@@ -80,7 +85,7 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
     metrics = _trust_region(learner, episodes) if learner.train_policy else {}
     averages = Averages()
     for part in _minibatches(learner, episodes):
-        averages.add(_fit_values(learner, episodes, _micro(learner, episodes, part), part))
+        averages.add(_fit_values(learner, episodes, partial(_micro, learner, episodes, part), part))
     return metrics | averages.read()
 
 
@@ -89,11 +94,11 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
     parameters = [p for p in policy.parameters() if p.requires_grad]
     start = torch.nn.utils.parameters_to_vector(parameters).detach()
     old = copy.deepcopy(policy).requires_grad_(False)
-    micro = _micro(learner, episodes, list(range(len(episodes.tokens))))
+    micro = _micro(learner, episodes, list(range(len(episodes.tokens))), learner.memory.tokens)
     units = _tokens(learner, episodes, range(len(episodes.tokens)))
     # Prompts come in random order, so that the first of the global batch are as good as any others.
     few = [i for i, place in enumerate(episodes.places) if place < math.ceil(settings.fisher_share * settings.episodes)]
-    fisher_micro = _micro(learner, episodes, few)  # none on a process that holds none of them
+    fisher_micro = _micro(learner, episodes, few, learner.memory.tokens)  # none on a process that holds none of them
     fisher_units = _tokens(learner, episodes, few)
 
     def gradient() -> Tensor:
@@ -175,27 +180,31 @@ def clipped_steps(learner: Learner, episodes: Episodes) -> dict[str, float]:
     settings, actor, accelerate = learner.settings, learner.actor, learner.accelerate
     averages = Averages()
     for part in _minibatches(learner, episodes):
-        micro = _micro(learner, episodes, part)
+        micro = cache(partial(_micro, learner, episodes, part))  # of the policy's step and of the value network's
         units = _tokens(learner, episodes, part)
         names = [episodes.names[i] for i in part]
-        watched = torch.zeros(4, device=accelerate.device, dtype=torch.float64)
 
-        def loss(group: Micro, watched: Tensor = watched) -> Tensor:
-            logp = actor.module(group.batch).logp[group.batch.response_mask]
-            old = group.of(episodes.logp)
-            with torch.no_grad():
-                ratio = (logp - old).exp()
-                clipped = (ratio - 1).abs() > settings.clip
-                watched.add_(
-                    torch.stack([clipped.sum(), (ratio - 1 - (logp - old)).sum(), ratio.sum(), (ratio**2).sum()])
-                )
-            return policy_loss(logp, old, group.of(episodes.advantages), settings.clip).sum()
+        def passes(tokens: int, micro=micro, units=units, documents=draw_documents(learner)) -> tuple:
+            watched = torch.zeros(4, device=accelerate.device, dtype=torch.float64)
+
+            def loss(group: Micro) -> Tensor:
+                logp = actor.module(group.batch).logp[group.batch.response_mask]
+                old = group.of(episodes.logp)
+                with torch.no_grad():
+                    ratio = (logp - old).exp()
+                    clipped = (ratio - 1).abs() > settings.clip
+                    watched.add_(
+                        torch.stack([clipped.sum(), (ratio - 1 - (logp - old)).sum(), ratio.sum(), (ratio**2).sum()])
+                    )
+                return policy_loss(logp, old, group.of(episodes.advantages), settings.clip).sum()
+
+            value = actor.accumulate(micro(tokens), loss, units)
+            return value, watched, accumulate_ptx(learner, documents, tokens) if documents else {}
 
         step = {"learning_rate": actor.learning_rate}
         if learner.train_policy:
-            value = actor.accumulate(micro, loss, units)
-            if settings.ptx_coefficient > 0:
-                step |= accumulate_ptx(learner)
+            value, watched, of_ptx = learner.memory.within(passes, actor)
+            step |= of_ptx
             step["policy_gradient_norm"] = actor.step(value, names)
             clipped, approximate_kl, ratio, squared = (accelerate.reduce(watched) / units).tolist()
             step |= {
@@ -210,16 +219,24 @@ def clipped_steps(learner: Learner, episodes: Episodes) -> dict[str, float]:
     return averages.read()
 
 
-def accumulate_ptx(learner: Learner) -> dict[str, float]:
+def draw_documents(learner: Learner) -> list[int]:
+    """Numbers of the documents of one step of PPO-ptx, alike on every process; none where gamma is 0 or the policy rests."""
+    if learner.settings.ptx_coefficient == 0 or not learner.train_policy:
+        return []
+    count, few = len(learner.corpus), len(learner.corpus) < learner.settings.ptx_batch
+    return [int(i) for i in learner.ptx_rng.choice(count, size=learner.settings.ptx_batch, replace=few)]
+
+
+def accumulate_ptx(learner: Learner, picked: list[int], tokens: int) -> dict[str, float]:
     """Add the gradient of gamma times the pretraining loss (InstructGPT eq. 2) to the one that is there.
+
+    `picked` are documents, which go through in micro-batches of `tokens`.
 
     `ptx_gradient_share` is |gamma * g_ptx| / (|g_ppo| + |gamma * g_ptx|): 0 says that gamma does nothing, 1 that PPO
     does nothing.
     """
     actor, corpus, settings = learner.actor, learner.corpus, learner.settings
     ppo = [p.grad.clone() if p.grad is not None else None for p in actor.parameters]
-    few = len(corpus) < settings.ptx_batch
-    picked = [int(i) for i in learner.ptx_rng.choice(len(corpus), size=settings.ptx_batch, replace=few)]
     units = sum(len(corpus[i].response) for i in picked)
     lengths = {i: len(corpus[i]) for i in picked}
 
@@ -227,7 +244,7 @@ def accumulate_ptx(learner: Learner) -> dict[str, float]:
         batch = collate([corpus[i] for i in group], learner.pad).to(learner.accelerate.device)
         return settings.ptx_coefficient * nll(actor.module(batch, temperature=1.0).sums()).sum()
 
-    value = actor.accumulate(actor.share(picked, lengths, learner.budget), loss, units)
+    value = actor.accumulate(actor.share(picked, lengths, tokens), loss, units)
     added = [p.grad - g if g is not None else p.grad for p, g in zip(actor.parameters, ppo, strict=True)]
     of_ppo = torch.nn.utils.get_total_norm([g for g in ppo if g is not None]).item()
     of_ptx = torch.nn.utils.get_total_norm([g for g in added if g is not None]).item()
@@ -276,13 +293,13 @@ def _minibatches(learner: Learner, episodes: Episodes) -> Iterator[list[int]]:
             yield part
 
 
-def _micro(learner: Learner, episodes: Episodes, part: Sequence[int]) -> list[Micro]:
-    """Episodes as micro-batches; as many on every process, for each must run as many backward passes as the others."""
+def _micro(learner: Learner, episodes: Episodes, part: Sequence[int], tokens: int) -> list[Micro]:
+    """Episodes as micro-batches of so many padded tokens; as many on every process, for each must run as many backward passes as the others."""
     device = learner.accelerate.device
     lengths = [len(episodes.tokens[i]) for i in part]
-    wanted = torch.tensor([len(micro_batches(lengths, learner.budget))], device=device)
+    wanted = torch.tensor([len(micro_batches(lengths, tokens))], device=device)
     most = int(learner.accelerate.gather(wanted).max())
-    groups = [[part[j] for j in g] for g in micro_batches(lengths, learner.budget, min(most, len(part)))]
+    groups = [[part[j] for j in g] for g in micro_batches(lengths, tokens, min(most, len(part)))]
     return [
         Micro(collate([episodes.tokens[i] for i in g], learner.pad).to(device), episodes.flat(g).to(device))
         for g in groups
@@ -301,15 +318,18 @@ def _length(learner: Learner, episodes: Episodes, part: Sequence[int]) -> int:
     return int(learner.accelerate.reduce(torch.tensor([count], device=learner.accelerate.device)))
 
 
-def _fit_values(learner: Learner, episodes: Episodes, micro: Sequence[Micro], part: Sequence[int]) -> dict[str, float]:
-    """One step of the value network towards the returns."""
+def _fit_values(
+    learner: Learner, episodes: Episodes, micro: Callable[[int], Sequence[Micro]], part: Sequence[int]
+) -> dict[str, float]:
+    """One step of the value network towards the returns; `micro(tokens)` are the episodes of `part`."""
     critic, clip = learner.critic, learner.settings.value_clip
 
     def loss(group: Micro) -> Tensor:
         values = state_values(critic.module, group.batch)
         return value_loss(values, group.of(episodes.values), group.of(episodes.returns), clip).sum()
 
-    value = critic.accumulate(micro, loss, _tokens(learner, episodes, part))
+    units = _tokens(learner, episodes, part)
+    value = learner.memory.within(lambda tokens: critic.accumulate(micro(tokens), loss, units), critic)
     learner.trained += _length(learner, episodes, part)
     return {"value_loss": value, "value_gradient_norm": critic.step(value, [episodes.names[i] for i in part])}
 

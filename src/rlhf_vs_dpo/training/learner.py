@@ -12,7 +12,7 @@ from rlhf_vs_dpo.config import Rl
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Tokens
-from rlhf_vs_dpo.training.optimise import Optimiser
+from rlhf_vs_dpo.training.optimise import Memory, Optimiser
 
 
 class Networks(NamedTuple):
@@ -29,7 +29,7 @@ class Learner:
 
     max_new_tokens  of a response
     corpus          what PPO-ptx must not forget
-    budget          padded tokens of a micro-batch, the same from the first iteration to the last
+    memory          how many tokens a micro-batch has, the same from the first iteration to the last unless they do not fit
     trust           TRPO's delta as a share of `max_kl`, by the schedule
     trained, read   tokens, on all processes: once for each network that learns from them; and run forward only, while the
                     policy is improved
@@ -42,7 +42,7 @@ class Learner:
     actor: Optimiser | None
     critic: Optimiser | None
     corpus: Sequence[Tokens]
-    budget: int
+    memory: Memory
     minibatch_rng: np.random.Generator
     ptx_rng: np.random.Generator
     train_policy: bool = True  # False while the value network warms up

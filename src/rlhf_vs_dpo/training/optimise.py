@@ -5,9 +5,10 @@ so that padding, micro-batching and the number of processes change nothing but r
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Training
-from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.errors import OutOfMemory, TrainingError
 from rlhf_vs_dpo.language.text import micro_batches
 
 Log = Callable[[dict[str, float], int], None]
+T = TypeVar("T")
 
 
 def accelerator() -> Accelerator:
@@ -40,6 +42,45 @@ def scheduled(kind: str, step: int, steps: int, warmup: float) -> float:
 def round_seed(seed: int, number: int) -> int:
     """Seed of what is sampled in a later round: another for each cell and each round, and no other stage's."""
     return int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0])
+
+
+class Memory:
+    """What goes through the networks at once: padded tokens of a micro-batch, of a network that is `network.budget` wide.
+
+    Where that turns out to be more than the device holds, it is halved, once, and the batch is begun again: micro-batches divide a
+    batch and do not define it, so that nothing changes but rounding.
+    """
+
+    def __init__(self, tokens: int, accelerate: Accelerator):
+        self.tokens, self.accelerate = tokens, accelerate
+        self.halved = False
+
+    def within(self, passes: Callable[[int], T], optimiser: "Optimiser") -> T:
+        """`passes(tokens)`: forward and backward passes of one batch, from cleared gradients.
+
+        Raises OutOfMemory where half is too much, too, or several processes would have to agree on it.
+        """
+        try:
+            return passes(self.tokens)
+        except torch.OutOfMemoryError as error:
+            if self.halved or self.accelerate.num_processes > 1:
+                raise OutOfMemory(
+                    f"{_first_line(error)}\nA micro-batch of {self.tokens:,} tokens does not fit on this device: set the environment "
+                    f"variable RLHF_MICRO_TOKENS to {self.tokens // 2}, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens` in "
+                    "params.yaml"
+                ) from None
+        self.halved, self.tokens = True, self.tokens // 2
+        optimiser.adamw.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        print(
+            f"\nout of memory: micro-batches are halved, to {self.tokens:,} tokens; that changes nothing but rounding",
+            file=sys.stderr,
+        )
+        return self.within(passes, optimiser)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Optimiser:

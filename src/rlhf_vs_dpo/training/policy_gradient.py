@@ -25,7 +25,7 @@ from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.monitor import Record
-from rlhf_vs_dpo.training.optimise import Optimiser, accelerator, scheduled
+from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator, scheduled
 from rlhf_vs_dpo.training.rollouts import Episodes, rollout
 
 
@@ -132,7 +132,7 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
         value = Scorer(copy.deepcopy(networks.reward.model)).requires_grad_(True)
         critic = Optimiser(accelerate, value, training(settings.value_learning_rate, steps))
     return Learner(
-        networks, accelerate, settings, max_new_tokens, actor, critic, corpus, networks.policy.budget,
+        networks, accelerate, settings, max_new_tokens, actor, critic, corpus, Memory(networks.policy.budget, accelerate),
         minibatch_rng=np.random.default_rng([seed, 2]),
         ptx_rng=np.random.default_rng([seed, 1]),  # of its own, so that PPO-ptx sees the prompts that PPO sees
     )  # fmt: skip

@@ -97,7 +97,7 @@ def rollout(
         tokens, prompts.names, places, offsets, flat["logp"], flat["ref_logp"], nothing, score, finished,
         flat["values"] if criticising is not None else nothing, nothing, nothing,
     )  # fmt: skip
-    for group in micro_batches([len(example) for example in tokens], learner.budget):
+    for group in micro_batches([len(example) for example in tokens], learner.memory.tokens):
         batch = collate([tokens[i] for i in group], learner.pad).to(device)
         place = episodes.flat(group).to(device)
         with autocast(device):

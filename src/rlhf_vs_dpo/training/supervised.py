@@ -15,7 +15,7 @@ from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
 from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, Values
 from rlhf_vs_dpo.run.progress import bar
-from rlhf_vs_dpo.training.optimise import Averages, Log, Optimiser, accelerator, check_finite
+from rlhf_vs_dpo.training.optimise import Averages, Log, Memory, Optimiser, accelerator, check_finite
 
 POINTS = 200  # of a training curve
 
@@ -65,7 +65,7 @@ def fit(
     """
     accelerate = accelerator()
     optimiser = Optimiser(accelerate, network, settings)
-    budget = network.budget
+    memory = Memory(network.budget, accelerate)
     plan = batches(work.lengths, settings.batch, settings.steps, np.random.default_rng(seed)) if settings.steps else []
     every = max(1, settings.steps // POINTS)
     averages, at = Averages(), Values(step=0)
@@ -75,17 +75,21 @@ def fit(
     ):
         for step, batch in list(enumerate(plan))[at.step :]:
             before_step(step)
-            sums: dict[str, float] = {}
-
-            def micro_loss(group: list[int], sums: dict[str, float] = sums) -> Tensor:
-                value, metrics = loss(optimiser.module, group)
-                for name, total in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + total
-                return value
-
             units = sum(work.units[i] for i in batch)
+
+            def passes(tokens: int, batch=batch, units=units) -> tuple[float, dict[str, float]]:
+                sums: dict[str, float] = {}
+
+                def micro_loss(group: list[int]) -> Tensor:
+                    value, metrics = loss(optimiser.module, group)
+                    for name, total in metrics.items():
+                        sums[name] = sums.get(name, 0.0) + total
+                    return value
+
+                return optimiser.accumulate(optimiser.share(list(batch), work.lengths, tokens), micro_loss, units), sums
+
             rate = optimiser.learning_rate
-            mean = optimiser.accumulate(optimiser.share(list(batch), work.lengths, budget), micro_loss, units)
+            mean, sums = memory.within(passes, optimiser)
             norm = optimiser.step(mean, [work.names[i] for i in batch])
             if sums:
                 values = torch.tensor(list(sums.values()), device=accelerate.device, dtype=torch.float64)
