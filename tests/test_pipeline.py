@@ -773,3 +773,48 @@ def test_a_queued_sweep_is_shown_by_dvc_and_grouped_by_mlflow(tmp_path):
     assert set(grouped) == {"0.05", "0.1", "0.5"} and grouped["0.05"] and grouped["0.5"]
     assert grouped["0.05"] != grouped["0.5"]
     assert not (folder / ".dvc" / "tmp" / "exps" / "mlflow.db").exists()  # the store is the repository's own
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_queue_beside_a_repro(tmp_path):
+    """All finish, each with its own weights, and no file of the cache is another than its name says."""
+    import subprocess
+    import time
+
+    folder = copy_project(tmp_path / "project", "smoke")
+    change(folder, "policies", {"rl": [], "preference": ["dpo", "simpo"], "imitation": [], "best_of_n": [4]})
+    (folder / ".dvc" / "config.local").unlink()
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        run(folder, *git, *command)
+    run(folder, "dvc", "repro", "report")
+    run(folder, "git", "add", "-A")
+    run(folder, *git, "commit", "-qm", "run")
+    betas = ["0.05", "0.2", "0.5", "0.8"]
+    run(folder, "dvc", "exp", "run", "--queue", "-S", f"preference.dpo.beta={','.join(betas)}")
+    change(folder, "preference.simpo.beta", 3.0)
+    run(folder, "dvc", "queue", "start", "--jobs", "2")
+    beside = subprocess.run(
+        ["dvc", "--wait-for-lock", "repro", "report"], cwd=folder, env=ENV, capture_output=True, text=True, check=False
+    )
+    assert beside.returncode == 0, beside.stdout + beside.stderr
+    for _ in range(600):
+        status = run(folder, "dvc", "queue", "status")
+        if "Running" not in status and "Queued" not in status:
+            break
+        time.sleep(2)
+    assert status.count("Success") == len(betas), status
+    shown = json.loads(run(folder, "dvc", "exp", "show", "--json").partition("\n[")[2].join(["[", ""]))
+    weights = {}
+    for commit in shown:
+        for experiment in commit.get("experiments") or []:
+            for revision in experiment["revs"]:
+                data = revision["data"]
+                beta = data["params"]["params.yaml"]["data"]["preference"]["dpo"].get("beta")
+                weights[beta] = data["outs"]["models/dpo-0"]["hash"]
+    assert len(weights) == len(betas) == len(set(weights.values())), weights
+    for file in (folder / ".dvc" / "cache" / "files" / "md5").rglob("*"):
+        if file.is_file() and file.suffix != ".dir":
+            assert hashlib.md5(file.read_bytes()).hexdigest() == file.parent.name + file.name
+    for name in ("journal", "checkpoints"):
+        assert not list((folder / ".dvc" / "tmp" / "rlhf" / name).rglob("state.json"))

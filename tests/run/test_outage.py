@@ -3,15 +3,13 @@
 import os
 import pwd
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from servers import Program, free_port
 
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 AWAY = float(os.environ.get("RLHF_AWAY", "60"))  # seconds
@@ -36,34 +34,6 @@ if wait_for:
     sys.stdin.readline()
 print(recorder.end("FINISHED"))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Program:
-    """A server that can be killed and started again."""
-
-    def __init__(self, command: list[str], port: int, **of):
-        self.command, self.port, self.of, self.process = command, port, of, None
-
-    def start(self) -> None:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        self.process = subprocess.Popen(self.command, **quiet, **self.of)
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.2)
-        raise AssertionError(f"{self.command[0]} does not listen")
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture
