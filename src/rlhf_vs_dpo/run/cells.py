@@ -204,6 +204,16 @@ def plan(file: str = "dvc.yaml") -> tuple[list[list[list[str]]], list[str]]:
         return lanes, tail
 
 
+def show_waves() -> None:
+    """What is to be run, for other schedulers (deploy/slurm/repro): a wave in each line, its lanes in words, the cells of a lane by commas."""
+    repair()
+    if status := checked():
+        sys.exit(status)
+    waves, tail = plan()
+    for wave in [*waves, [tail]] if tail else waves:
+        print(*(",".join(lane) for lane in wave))
+
+
 def how_many() -> int:
     """Cells at once: JOBS, or one for each GPU, or one for each core that this process may use."""
     given = os.environ.get("JOBS", "")
@@ -283,6 +293,8 @@ if __name__ == "__main__":
         match sys.argv[1:]:
             case [file] if file.endswith(".yaml"):
                 sys.exit(main(file))
+            case ["waves"]:
+                show_waves()
             case [cells]:
                 sys.exit(one_after_another(cells))
             case _:
