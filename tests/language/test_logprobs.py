@@ -1,10 +1,14 @@
 """log pi(y|x) against brute force; padding, micro-batches and order change nothing."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import small_model
 
 from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.language import logprobs
 from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy, check_projection
@@ -117,3 +121,59 @@ def test_scores_do_not_depend_on_padding(tokenizer, examples):
         ).last_hidden_state[0, -1]
         raw = scorer.model.score(hidden).item()
     assert alone[0] == pytest.approx((raw - 0.25) / 2.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logits_of_some_tokens_at_a_time_change_nothing(model, examples, tokenizer, entropy, monkeypatch):
+    """Values, entropies and gradients of a large vocabulary's way are those of the plain one."""
+    batch, policy = collate(examples, tokenizer.pad_token_id), Policy(model, 0.7)
+    weights = torch.linspace(-1, 1, batch.response_mask.numel()).view(batch.response_mask.shape)
+
+    def measured():
+        policy.zero_grad()
+        output = policy(batch, entropy=entropy)
+        (output.logp * weights).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        return output.logp.detach(), output.entropy, gradient
+
+    plain, passes = measured(), []
+    monkeypatch.setattr(logprobs, "AT_ONCE", 5 * policy.vocabulary)
+    original = Policy._read
+    monkeypatch.setattr(
+        Policy, "_read", lambda self, hidden, *rest: passes.append(len(hidden)) or original(self, hidden, *rest)
+    )
+    parts = measured()
+    tokens = sum(len(example.response) for example in examples)
+    assert max(passes) == 5 and sum(passes) == 2 * tokens  # once forward, once again for backward
+    for ours, theirs in zip(parts, plain, strict=True):
+        assert (ours is None and theirs is None) or torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+PEAK = """
+import resource, sys
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from rlhf_vs_dpo.language import logprobs
+from rlhf_vs_dpo.language.text import Tokens, collate
+logprobs.AT_ONCE = int(sys.argv[1])
+torch.manual_seed(0)
+shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=True)
+policy = logprobs.Policy(LlamaForCausalLM(LlamaConfig(vocab_size=152_000, **shape)).eval(), 1.0)
+batch = collate([Tokens([1, 2], list(range(3, 260))) for _ in range(8)], 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+policy(batch, entropy=True).sums().sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10, sum(p.grad.double().abs().sum().item() for p in policy.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_a_vocabulary_of_152000_fits(tmp_path):
+    """Peak memory (MiB) of 2,056 tokens forward and backward: the whole logits are 1,192 MiB, and are there several times over."""
+    found = {}
+    for at_once in (2**40, 2**25):
+        done = subprocess.run([sys.executable, "-c", PEAK, str(at_once)], capture_output=True, text=True, check=True)
+        found[at_once] = [float(word) for word in done.stdout.split()]
+    (plain, gradient), (parts, other) = found.values()
+    assert plain > 2 * 1192 and parts < 1192, found
+    assert other == pytest.approx(gradient, rel=1e-5)

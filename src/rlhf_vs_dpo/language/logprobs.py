@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language.models import Network, in_float32
 from rlhf_vs_dpo.language.states import before, states
 from rlhf_vs_dpo.language.text import Batch
+
+
+AT_ONCE = 2**26  # logits held at once: 256 MiB of float32, and as much again for their softmax
 
 
 class TokenLogprobs(NamedTuple):
@@ -66,20 +70,43 @@ class Policy(Network):
 
     def forward(self, batch: Batch, temperature: float | None = None, entropy: bool = False) -> TokenLogprobs:
         """Log-probabilities at the policy's own temperature, unless another is given; and entropies, if asked for."""
-        mask = batch.response_mask
-        log_distribution = self.distributions(batch, temperature)
-        chosen = log_distribution.gather(-1, batch.input_ids[mask][:, None])[:, 0]  # (N,)
+        mask, temperature = batch.response_mask, temperature or self.temperature
+        hidden, chosen = states(self.model, batch, before(mask)), batch.input_ids[mask]
+        rows = max(1, AT_ONCE // self.vocabulary)
+        if len(hidden) <= rows:
+            logp, spread = self._read(hidden, chosen, temperature, entropy)
+        else:  # of a large vocabulary, logits of some tokens at a time; backward computes them again and keeps none
+            parts = [
+                checkpoint(self._read, *part, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+                for part in zip(hidden.split(rows), chosen.split(rows), strict=True)
+            ]
+            logp, spread = (torch.cat(of) for of in zip(*parts, strict=True))
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        spread = None
-        if entropy:
-            with torch.no_grad():
-                spread = empty.masked_scatter(mask, -(log_distribution.exp() * log_distribution).sum(-1))
-        return TokenLogprobs(empty.masked_scatter(mask, chosen), mask, spread)
+        return TokenLogprobs(
+            empty.masked_scatter(mask, logp), mask, empty.masked_scatter(mask, spread) if entropy else None
+        )
+
+    def _read(self, hidden: Tensor, chosen: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of N tokens at the states before them, and entropies, empty where they are not asked for; (N,)."""
+        log_distribution = self._log_distribution(hidden, temperature)
+        logp = log_distribution.gather(-1, chosen[:, None])[:, 0]
+        if not entropy:
+            return logp, logp.new_empty(0)
+        with torch.no_grad():
+            return logp, -(log_distribution.exp() * log_distribution).sum(-1)
 
     def distributions(self, batch: Batch, temperature: float | None = None) -> Tensor:
         """Log-probabilities of every token at the states before the N response tokens, in their order, (N, V) float32."""
-        logits = self.project(states(self.model, batch, before(batch.response_mask)))
-        return (suppress(logits, self.model) / (temperature or self.temperature)).log_softmax(-1)
+        hidden = states(self.model, batch, before(batch.response_mask))
+        return self._log_distribution(hidden, temperature or self.temperature)
+
+    def _log_distribution(self, hidden: Tensor, temperature: float) -> Tensor:
+        return (suppress(self.project(hidden), self.model) / temperature).log_softmax(-1)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the model's projection."""
+        return self.model.config.get_text_config().vocab_size
 
     def project(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states (N, d) -> (N, V) float32; `check_projection` proves that this is the model's own.
