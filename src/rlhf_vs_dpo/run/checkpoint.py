@@ -256,7 +256,7 @@ class OnDisk(Checkpoint):
         self.close()
         for path in sorted(
             self.place.iterdir(), reverse=True
-        ):  # a folder after its lock, which `_unattended` makes again
+        ):  # a lock before its folder: `_unattended` makes it again
             if path.is_dir() and _unattended(path):
                 shutil.rmtree(path, ignore_errors=True)
                 path.with_suffix(".lock").unlink(missing_ok=True)
@@ -299,9 +299,8 @@ class OnDisk(Checkpoint):
                 for pieces in lists.values():
                     pieces.check()
             except Exception as error:  # whatever a damaged file makes of its reader
-                _say(
-                    f"{path}: a checkpoint is set aside: it is damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
-                )
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                _say(f"{path}: a checkpoint is set aside: it is damaged ({reason})")
                 if self.writes:
                     shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
                     path.rename(path.with_suffix(".damaged"))
@@ -326,9 +325,8 @@ class OnDisk(Checkpoint):
             if self.asked_to_end:
                 raise SystemExit(128 + signal.SIGTERM)
             if self.loops or self.saving:
-                self.asked_to_end = (
-                    True  # of several processes the first writes and ends; then the others have nobody to work with
-                )
+                # Of several processes the first writes and ends; then the others have nobody to work with.
+                self.asked_to_end = True
                 return
             if self.writes and self.lists:
                 self.save()
