@@ -85,3 +85,24 @@ def examples(tokenizer):
         )
         for _ in range(12)
     ]
+
+
+# What the study may set anew in the default profile: tests of methods use these, whatever it found.
+BEFORE_ANY_STUDY = {
+    "trpo": {"max_kl": 0.02, "damping": 0.1}, "ppo_ptx": {"ptx_coefficient": 0.5},
+    "dpo": {"beta": 0.1}, "cdpo": {"beta": 0.1, "label_smoothing": 0.1}, "ipo": {"tau": 0.1}, "ln_dpo": {"beta": 2.0},
+    "simpo": {"beta": 2.0, "gamma": 0.5}, "dpo_online": {"beta": 0.1}, "rm_filtered": {"share": 0.25},
+}  # fmt: skip
+
+
+def untuned() -> dict:
+    """The default parameters with the settings of methods as they were before any study; all else is the family's defaults."""
+    from rlhf_vs_dpo import config
+
+    params = config.read_params(ROOT / "profiles" / "default.yaml")
+    for method, space in params["tuning"]["spaces"].items():
+        entry = params[config.family_of(params, method)][method]
+        for key in space:
+            entry.pop(key, None)
+        entry |= BEFORE_ANY_STUDY.get(method, {})
+    return params

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import small_model
+from conftest import small_model, untuned
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Annotator, Monitor
@@ -19,11 +19,9 @@ from rlhf_vs_dpo.language.text import Prompts, Tokens, word_tokenizer
 from rlhf_vs_dpo.preferences import labelling
 from rlhf_vs_dpo.training import imitation, monitor, supervised
 
-PARAMS = config.Path(__file__).parents[2] / "profiles" / "default.yaml"
-
 
 def recipe(name, **changes):
-    params = config.read_params(PARAMS)
+    params = untuned()
     params["imitation"][name] |= changes
     return config.section(params, "imitation", name)
 

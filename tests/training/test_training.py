@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import small_model
+from conftest import small_model, untuned
 from torch import nn
 
 from rlhf_vs_dpo import config
@@ -218,7 +218,7 @@ def test_reward_quality_by_hand():
 
 
 def variant(name, **changes):
-    params = config.read_params(config.Path(__file__).parents[2] / "profiles" / "default.yaml")
+    params = untuned()
     params["preference"]["defaults"] |= {"batch": 4, "epochs": 1.0, "learning_rate": 1e-2, "warmup": 0.0} | changes
     return config.section(params, "preference", name)
 
@@ -302,7 +302,7 @@ def test_stored_reference_is_matched_by_id():
 
 
 def rl_settings(method="ppo", **changes) -> Rl:
-    params = config.read_params(config.Path(__file__).parents[2] / "profiles" / "default.yaml")
+    params = untuned()
     params["rl"]["defaults"] |= {"iterations": 2, "episodes": 16, "epochs": 2, "learning_rate": 1e-3} | changes
     return config.section(params, "rl", method)
 
