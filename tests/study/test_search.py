@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from rlhf_vs_dpo import config
+from rlhf_vs_dpo.study import __main__ as printed
 from rlhf_vs_dpo.study import figures, search, space, summary
 
 PARAMS = config.read_params()
@@ -129,3 +130,13 @@ def test_figures_and_summary_of_any_mixture_of_outcomes(tmp_path):
     assert said["ppo"]["collapsed"] == said["ppo"]["diverged"] == 1
     ends = [point["mean"] for point in said["dpo"]["expected_best"]]
     assert ends == sorted(ends) and said["dpo"]["best"]["preferred"] >= ends[-1]
+    study = {"criterion": "preferred", "methods": said}
+    head, *shown = printed.rows(study)
+    assert head[:7] == list(printed.HEAD) and head[7:] == ["after 1", "after 4", "setting"]
+    order = sorted(said, key=lambda method: -said[method]["expected_best"][-1]["mean"])
+    assert [row[0] for row in shown] == order and {row[0]: row[6] for row in shown} == {
+        "ppo": "2/4",
+        "dpo": "0/4",
+        "simpo": "4/4",
+    }
+    assert next(row for row in shown if row[0] == "simpo")[1] == "-"

@@ -16,7 +16,6 @@ from rlhf_vs_dpo.language.models import Network, in_float32
 from rlhf_vs_dpo.language.states import before, states
 from rlhf_vs_dpo.language.text import Batch
 
-
 AT_ONCE = 2**26  # logits held at once: 256 MiB of float32, and as much again for their softmax
 
 
