@@ -140,3 +140,8 @@ def test_figures_and_summary_of_any_mixture_of_outcomes(tmp_path):
         "simpo": "4/4",
     }
     assert next(row for row in shown if row[0] == "simpo")[1] == "-"
+    (tmp_path / "ppo.json").write_text('{"preferred": 0.61, "preferred_low": 0.6, "preferred_high": 0.62}')
+    head, *shown = printed.rows(study, tmp_path)
+    assert head[9:] == ["test", "setting"] and {row[0]: row[9] for row in shown} == {
+        "ppo": "0.61 (0.60 to 0.62)", "dpo": "-", "simpo": "-"
+    }  # fmt: skip

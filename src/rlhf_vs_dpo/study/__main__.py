@@ -1,4 +1,8 @@
-"""Print what tuning/study.json says, a row for each method, the best first."""
+"""Print what tuning/study.json says, a row for each method, the best first.
+
+python -m rlhf_vs_dpo.study tuning/study.json                     what the searches found
+python -m rlhf_vs_dpo.study tuning/study.json metrics/policies    beside what the comparison found on test prompts, of lines of its own
+"""
 
 import json
 import sys
@@ -11,11 +15,14 @@ TRIED = (1, 4, 16)  # trials after which the expected best is shown, as far as t
 HEAD = ("method", "best", "gold", "KL", "median", "lowest", "lost")
 
 
-def rows(study: dict[str, Any]) -> list[list[str]]:
-    """The heading, and a row for each method: its best trial, all trials, and what a search of k of them is expected to find."""
+def rows(study: dict[str, Any], tested: Path | None = None) -> list[list[str]]:
+    """The heading, and a row for each method: its best trial, all trials, and what a search of k of them is expected to find.
+
+    tested    folder of a JSON file for each policy of the comparison, whose `preferred` goes beside that of the best trial
+    """
     methods = sorted(study["methods"].items(), key=lambda item: -item[1]["expected_best"][-1]["mean"])
     shown = [k for k in TRIED if k <= max(len(of["expected_best"]) for _, of in methods)]
-    found = [[*HEAD, *(f"after {k}" for k in shown), "setting"]]
+    found = [[*HEAD, *(f"after {k}" for k in shown), *(["test"] if tested else []), "setting"]]
     for method, of in methods:
         best = of["best"]
         lost = of["collapsed"] + of["diverged"]
@@ -28,24 +35,22 @@ def rows(study: dict[str, Any]) -> list[list[str]]:
             if one["trials"] in shown
         ]
         setting = "-" if best is None else ", ".join(f"{key} {value:g}" for key, value in best["settings"].items())
-        found.append(
-            [
-                method,
-                *measured,
-                f"{of['median']:.2f}",
-                f"{of['lowest']:.2f}",
-                f"{lost}/{of['trials']}",
-                *expected,
-                setting,
-            ]
-        )
+        row = [method, *measured, f"{of['median']:.2f}", f"{of['lowest']:.2f}", f"{lost}/{of['trials']}", *expected]
+        found.append([*row, *([_tested(tested / f"{method}.json", study["criterion"])] if tested else []), setting])
     return found
 
 
+def _tested(file: Path, criterion: str) -> str:
+    if not file.exists():
+        return "-"
+    of = json.loads(file.read_text())
+    return f"{of[criterion]:.2f} ({of[f'{criterion}_low']:.2f} to {of[f'{criterion}_high']:.2f})"
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m rlhf_vs_dpo.study tuning/study.json")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m rlhf_vs_dpo.study tuning/study.json [metrics/policies]")
     try:
-        print(table(rows(json.loads(Path(sys.argv[1]).read_text()))))
+        print(table(rows(json.loads(Path(sys.argv[1]).read_text()), *map(Path, sys.argv[2:]))))
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: {sys.argv[1]} is not a study.json ({type(error).__name__}: {error}); `make tune` makes one")
