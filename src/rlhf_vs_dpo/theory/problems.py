@@ -131,6 +131,7 @@ class TabularModel(nn.Module):
             self.base_model.before, size.outcomes, self.base_model.first_outcome, tokenizer.eos_token_id
         )
         self.config = LlamaConfig(
+            vocab_size=self.base_model.first_outcome + size.outcomes,
             hidden_size=8,
             num_hidden_layers=1,
             num_attention_heads=1,
