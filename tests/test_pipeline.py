@@ -300,7 +300,8 @@ def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
         "cost/peak_memory_mib",
         "validation/preferred",
     } <= dpo.data.metrics.keys()
-    assert dpo.data.params["preference.dpo.beta"] == "0.1" == dpo.data.params["method.beta"]
+    beta = str(config.read_params(smoke / "params.yaml")["preference"]["dpo"]["beta"])
+    assert dpo.data.params["preference.dpo.beta"] == beta == dpo.data.params["method.beta"]
     assert dpo.data.params["method.learning_rate"] == "0.0001"  # defaults included
     tags = {"family": "preference", "method": "dpo", "seed": "0", "dvc.stage": "preference@dpo-0", "profile": "smoke"}
     assert tags.items() <= dpo.data.tags.items()
@@ -750,6 +751,7 @@ def test_a_queued_sweep_is_shown_by_dvc_and_grouped_by_mlflow(tmp_path):
 
     folder = copy_project(tmp_path / "project", "smoke")
     change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": [], "best_of_n": []})
+    change(folder, "preference.dpo.beta", 0.1)
     (folder / ".dvc" / "config.local").unlink()
     for command in (
         ["init", "-q"],
