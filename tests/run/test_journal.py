@@ -246,3 +246,28 @@ def test_lines_are_json_and_numbers_survive(here):
         kept.lines()[0]["metrics"] == {"a": 0.1 + 0.2, "b": float("inf")}
         and json.loads(kept.path.read_text())["step"] == 2**40
     )
+
+
+def test_a_run_that_goes_on_has_each_step_once_whatever_was_left_unsent(here):
+    """Two attempts: of the first, some steps were sent, some were left in its journal; the second says the last of them again."""
+    store.experiment(store.STAGES)
+    first = Journal("a")
+    sender = Sender(first, print)
+    say(sender, BEGIN | {"journals": ["a"]}, *steps(4), {"metrics": {"system/cpu": 1.0}, "step": 0})
+    sender.flush()
+    for message in [*steps(8)[4:], {"metrics": {"system/cpu": 2.0}, "step": 1}]:
+        first.add(message)  # said, and never sent: it was killed, and the process that tells MLflow with it
+    first.close()
+    again = Sender(Journal("b"), print)
+    say(again, BEGIN | {"journals": ["a", "b"]}, *steps(12)[6:])
+    say(
+        again,
+        {"metrics": {"system/cpu": 3.0}, "step": 0},
+        {"metrics": {"system/cpu": 4.0}, "step": 1},
+        {"end": "FINISHED"},
+    )
+    (run,), history = stored(here)
+    assert history == whole(12) and run.info.status == "FINISHED" and run.data.tags["attempts"] == "2"
+    machine = MlflowClient(tracking_uri=f"sqlite:///{here}/mlflow.db").get_metric_history(run.info.run_id, "system/cpu")
+    assert [(point.step, point.value) for point in machine] == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)]
+    assert not list(journal.folder().glob("*.jsonl"))

@@ -124,6 +124,7 @@ class Sender:
         self.journal, self.say, self.patience = journal, say, patience
         self.run_id: str | None = None
         self.steps: dict[str, set[int]] | None = None  # of each metric, of attempts before; None: there were none
+        self.shift: int | None = None  # of looks at the machine, see `_shift`
         self.waiting: list[Any] = []
         self.flushed = time.monotonic()
         self.heard = journal.sent  # lines that were handed to `send`, those before among them
@@ -147,7 +148,8 @@ class Sender:
     def _send(self, message: dict[str, Any]) -> None:
         client, run_id = store.client(), self.run_id
         if "metrics" in message:
-            self.waiting += store.metrics(self._unknown(message), message["step"], message["at"])
+            step = message["step"] + self._shift(message)
+            self.waiting += store.metrics(self._unknown(message["metrics"], step), step, message["at"])
         if tags := message.get("tags") if "create" not in message else None:
             self.patiently(lambda: [client.set_tag(run_id, key, value) for key, value in tags.items()])
         if "inputs" in message:
@@ -173,16 +175,31 @@ class Sender:
             for line in before.lines()[before.sent :]:
                 self._send(line)
             self.flush()
+            self.steps, self.shift = {}, None  # the run has more steps now
         before.remove()
 
-    def _unknown(self, message: dict[str, Any]) -> dict[str, float]:
-        """Those metrics of a message whose step the run does not have yet."""
+    def _unknown(self, metrics: dict[str, float], step: int) -> dict[str, float]:
+        """Those metrics of a step that the run does not have yet."""
         if self.steps is None:
-            return message["metrics"]
-        for name in message["metrics"].keys() - self.steps.keys():
+            return metrics
+        return {name: value for name, value in metrics.items() if step not in self._known(name)}
+
+    def _known(self, name: str) -> set[int]:
+        """Steps of a metric that the run has of attempts before."""
+        assert self.steps is not None, "this is the first attempt"
+        if name not in self.steps:
             history = partial(store.client().get_metric_history, self.run_id, name)
             self.steps[name] = {known.step for known in self.patiently(history)}
-        return {name: value for name, value in message["metrics"].items() if message["step"] not in self.steps[name]}
+        return self.steps[name]
+
+    def _shift(self, message: dict[str, Any]) -> int:
+        """Each attempt counts its looks at the machine from 0: what is added to their steps, so that they stand behind those before."""
+        name = next(iter(message["metrics"]), "")
+        if self.steps is None or not name.startswith("system/"):
+            return 0
+        if self.shift is None:
+            self.shift = max(0, 1 + max(self._known(name), default=-1) - message["step"])
+        return self.shift
 
     def flush(self) -> None:
         """Send the metrics that wait for others."""
