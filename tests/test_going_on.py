@@ -4,14 +4,16 @@ Here a kill is an exception behind a random checkpoint, in one process. Real pro
 """
 
 import hashlib
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from mlflow import MlflowClient
@@ -125,13 +127,29 @@ def check_run(made: Path, stage: str, kills: int) -> None:
     assert histories[0] == histories[1]
 
 
-def attempt(folder: Path, stage: str, processes: int) -> subprocess.Popen:
-    """A stage as DVC starts it, in a process group of its own; several processes through the launcher."""
+def attempt(folder: Path, stage: str, processes: int) -> multiprocessing.Process | subprocess.Popen:
+    """A stage in a process group of its own; several processes through the launcher, as DVC starts it."""
     env = ENV | environment(folder, stage) | {"PYTHONPATH": "src", "RLHF_PROCESSES": str(processes)}
+    words = stages(folder)[stage][0]
+    if processes == 1:
+        return forked.start(folder, words, env)
     return subprocess.Popen(
-        [sys.executable, *stages(folder)[stage][0]], cwd=folder, env=env, start_new_session=True,
+        [sys.executable, *words], cwd=folder, env=env, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def ended(process: multiprocessing.Process | subprocess.Popen, seconds: float) -> bool:
+    """Whether a process ends within that time, by itself and well."""
+    if isinstance(process, subprocess.Popen):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        status = process.returncode
+    else:
+        process.join(seconds)
+        status = process.exitcode
+    assert status in (None, 0)
+    return status == 0
 
 
 @pytest.mark.slow
@@ -144,23 +162,24 @@ def test_twenty_times_kill_9(made, stage, processes):
         whole = outputs(made, stage)
     else:
         remove(made, stage)
-        assert attempt(made, stage, processes).wait(600) == 0
+        assert ended(attempt(made, stage, processes), 600)
         whole = outputs(made, stage)
     rng = np.random.default_rng(len(stage) + processes)
     remove(made, stage)
+    kills = 0
     for _ in range(20):
         process, known = attempt(made, stage, processes), written(made, stage)
-        while process.poll() is None and written(made, stage) <= known:
-            time.sleep(0.005)
-        try:
-            assert process.wait(float(rng.exponential(0.5))) == 0
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        else:  # it was faster: from the start again
+        while written(made, stage) <= known and not ended(process, 0.005):
+            pass
+        if ended(process, float(rng.exponential(0.5))):  # it was faster: from the start again
             assert outputs(made, stage) == whole
             remove(made, stage)
-    assert attempt(made, stage, processes).wait(600) == 0
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join() if processes == 1 else process.wait()
+            kills += 1
+    assert kills >= 10
+    assert ended(attempt(made, stage, processes), 600)
     assert outputs(made, stage) == whole and not folder_of(made, stage).exists()
     assert {run.info.status for run in runs(made, stage, "killed.db")} == {"FINISHED"}
 
