@@ -19,6 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from project import ENV, change, command, copy_project, inside, reproduce, stages
 
+from rlhf_vs_dpo.run import recorder
 from rlhf_vs_dpo.run.checkpoint import OnDisk
 
 pytestmark = pytest.mark.pipeline
@@ -130,6 +131,7 @@ def check_run(made: Path, stage: str, kills: int) -> None:
 def attempt(folder: Path, stage: str, processes: int) -> multiprocessing.Process | subprocess.Popen:
     """A stage in a process group of its own; several processes through the launcher, as DVC starts it."""
     env = ENV | environment(folder, stage) | {"PYTHONPATH": "src", "RLHF_PROCESSES": str(processes)}
+    env[recorder.SHARED] = os.environ[recorder.SHARED]  # one for all attempts, as under `make repro`
     words = stages(folder)[stage][0]
     if processes == 1:
         return forked.start(folder, words, env)
@@ -158,30 +160,31 @@ def ended(process: multiprocessing.Process | subprocess.Popen, seconds: float) -
 )
 def test_twenty_times_kill_9(made, stage, processes):
     """Each at a random moment behind a new checkpoint, or in the middle of writing the next; outputs of two processes are those of two."""
-    if processes == 1:
-        whole = outputs(made, stage)
-    else:
-        remove(made, stage)
-        assert ended(attempt(made, stage, processes), 600)
-        whole = outputs(made, stage)
-    rng = np.random.default_rng(len(stage) + processes)
-    remove(made, stage)
-    kills = 0
-    for _ in range(20):
-        process, known = attempt(made, stage, processes), written(made, stage)
-        while written(made, stage) <= known and not ended(process, 0.005):
-            pass
-        if ended(process, float(rng.exponential(0.5))):  # it was faster: from the start again
-            assert outputs(made, stage) == whole
-            remove(made, stage)
+    with inside(made, **environment(made, stage)), recorder.shared(made / "killed.log"):
+        if processes == 1:
+            whole = outputs(made, stage)
         else:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join() if processes == 1 else process.wait()
-            kills += 1
-    assert kills >= 10
-    assert ended(attempt(made, stage, processes), 600)
-    assert outputs(made, stage) == whole and not folder_of(made, stage).exists()
-    assert {run.info.status for run in runs(made, stage, "killed.db")} == {"FINISHED"}
+            remove(made, stage)
+            assert ended(attempt(made, stage, processes), 600)
+            whole = outputs(made, stage)
+        rng = np.random.default_rng(len(stage) + processes)
+        remove(made, stage)
+        kills = 0
+        for _ in range(20):
+            process, known = attempt(made, stage, processes), written(made, stage)
+            while written(made, stage) <= known and not ended(process, 0.005):
+                pass
+            if ended(process, float(rng.exponential(0.5))):  # it was faster: from the start again
+                assert outputs(made, stage) == whole
+                remove(made, stage)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join() if processes == 1 else process.wait()
+                kills += 1
+        assert kills >= 10
+        assert ended(attempt(made, stage, processes), 600)
+        assert outputs(made, stage) == whole and not folder_of(made, stage).exists()
+        assert {run.info.status for run in runs(made, stage, "killed.db")} == {"FINISHED"}
 
 
 def written(folder: Path, stage: str) -> int:
