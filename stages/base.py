@@ -41,6 +41,7 @@ def main(
                 else text.bpe_tokenizer(list(train["text"]), settings.scratch.bpe_vocabulary)
             )
             model = models.from_scratch(settings.scratch, tokenizer)
+        models.to_learn(model, None, run.section("memory").gradient_checkpointing)
         # Perplexity is of the model itself; every later log-probability is of the policy, at the sampling temperature.
         policy = Policy(model, temperature=1.0).to(models.device())
         most = run.params["data"]["max_document_tokens"]

@@ -42,10 +42,12 @@ def main(
 
         settings, sampling = run.section("imitation", method), run.section("sampling")
         torch.manual_seed(seed)
-        model, tokenizer = models.load_policy(sft)
-        start, _ = models.load_policy(sft)  # to measure KL at the watched points; training never sees it
-        if settings.recipe == "control_tokens":
-            models.add_control_tokens(model, tokenizer, [imitation.GOOD, imitation.BAD])
+        adapter = run.section("adapter")
+        model, tokenizer = models.load_learner(sft, adapter, run.section("memory").gradient_checkpointing)
+        start = models.start_of(model, sft)  # to measure KL at the watched points; training never sees it
+        told = settings.recipe == "control_tokens"
+        if told:
+            models.add_control_tokens(model, tokenizer, [imitation.GOOD, imitation.BAD], settings.weight_decay)
         policy, frozen = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         known, samples = text.Prompts([], []), 0
         if imitation.NEEDS[settings.recipe] == "pairs":
@@ -94,11 +96,12 @@ def main(
             )  # fmt: skip
             at.taken += steps
         run.spent(
-            parameters=models.size(model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
+            parameters=models.size(model), frozen=models.frozen(model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
             models_held=1 + (settings.rounds > 1),
         )  # fmt: skip
         if launch.is_main():
-            models.save(model, tokenizer, out)
+            # With other embeddings than those of the SFT policy it is saved whole.
+            models.save(model, tokenizer, out, sft, merge=told or (adapter is not None and adapter.merge))
             tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             run.finish(run.rows[-1] | watched.final() | {"examples": len(examples.tokens)}, metrics, at.taken)

@@ -32,9 +32,9 @@ def main(
         from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.training import reward as training
 
-        settings = run.section("reward")
+        settings, adapter = run.section("reward"), run.section("adapter")
         torch.manual_seed(seed)
-        scorer, tokenizer = heads.scorer_from_policy(sft)
+        scorer, tokenizer = heads.scorer_from_policy(sft, adapter, run.section("memory").gradient_checkpointing)
         train, held = (tables.read_table(pairs, "pairs", split) for split in ("train", "validation"))
         demos = tables.read_table(demonstrations, "demonstrations")
         demo_tokens = text.encode(tokenizer, demos["prompt"], demos["response"], demos["prompt_id"], scorer.context)
@@ -43,7 +43,13 @@ def main(
         trained = training.train(scorer, learned, settings.training, seed, run.log, "reward", run.checkpoint)
         responses = learned.chosen + learned.rejected
         read = forward.tokens_read(demo_tokens) + forward.tokens_read(responses)  # to normalise; for the range
-        run.spent(parameters=models.size(scorer.model), tokens_trained=trained, tokens_read=read, models_held=1)
+        run.spent(
+            parameters=models.size(scorer.model),
+            frozen=models.frozen(scorer.model),
+            tokens_trained=trained,
+            tokens_read=read,
+            models_held=1,
+        )
         if not launch.is_main():
             return
         raw = np.array(forward.scores(scorer, demo_tokens, "demonstrations"))
@@ -74,7 +80,7 @@ def main(
         scores = (raw - scorer.model.config.reward_shift) / scorer.model.config.reward_scale
         table = demos[["prompt_id", "split", "response"]].assign(reward=scores)[demos["split"] != "train"]
         tables.write_table(table.reset_index(drop=True), "demonstration_scores", demonstration_scores)
-        models.save(scorer.model, tokenizer, out)
+        models.save(scorer.model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
         run.curve(curves)
         run.finish(report, metrics, settings.training.steps)
 

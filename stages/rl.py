@@ -42,8 +42,9 @@ def main(
 
         settings, sampling = run.section("rl", method), run.section("sampling")
         torch.manual_seed(seed)
-        model, tokenizer = models.load_policy(sft)
-        start, _ = models.load_policy(sft)
+        adapter = run.section("adapter")
+        model, tokenizer = models.load_learner(sft, adapter, run.section("memory").gradient_checkpointing)
+        start = models.start_of(model, sft)
         policy, reference = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         train = tables.read_table(prompts, "prompts", "train")
         documents = []
@@ -54,7 +55,7 @@ def main(
             tables.read_table(prompts, "prompts", "validation"), gold.load(world), reference, tokenizer,
             run.section("monitor"), sampling.max_new_tokens, seed, settings.iterations,
         )  # fmt: skip
-        scorer = heads.load_scorer(reward)
+        scorer = heads.load_scorer(reward, beside=None if adapter is None else start)
         shown = tables.read_table(demonstrations, "demonstrations", "train").head(512)
         invariants.check_normalised(
             scorer,
@@ -68,9 +69,11 @@ def main(
             Record(watched, heard, method, run.checkpoint),
         )  # fmt: skip
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")
-        run.spent(parameters=models.size(model), models_held=held, **totals._asdict())  # TRPO: the old policy, too
+        run.spent(
+            parameters=models.size(model), frozen=models.frozen(model), models_held=held, **totals._asdict()
+        )  # TRPO: the old policy, too
         if launch.is_main():
-            models.save(model, tokenizer, out)
+            models.save(model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
             tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             run.finish(run.rows[-1] | watched.final(), metrics, settings.iterations)

@@ -30,7 +30,9 @@ def main(
 
         settings, sampling = run.section("sft"), run.section("sampling")
         torch.manual_seed(seed)
-        model, tokenizer = models.load_policy(base)
+        model, tokenizer = models.load_learner(
+            base, run.section("adapter"), run.section("memory").gradient_checkpointing
+        )
         policy = Policy(model, temperature=1.0)  # likelihood is the model's own: at T it would learn to undo T
 
         def encoded(split: str) -> text.Examples:
@@ -50,11 +52,13 @@ def main(
         trained = supervised.likelihood(
             policy, examples, settings.training, seed, run.log, "sft", checkpoint=run.checkpoint
         )
-        run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
+        run.spent(parameters=models.size(model), frozen=models.frozen(model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             after = nll()
             models.sampled_at(model, sampling.temperature)
-            models.save(model, tokenizer, out)
+            models.save(
+                model, tokenizer, out, base, merge=True
+            )  # what the adapters of everything after it are attached to
             run.curve(curves)
             run.finish({"nll_per_token_before": before, "nll_per_token": after}, metrics, settings.training.steps)
 

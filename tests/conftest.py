@@ -66,6 +66,18 @@ def small_model(tokenizer, seed: int = 0, scale: float = 3.0):
     return model
 
 
+def gpt2(tokenizer, layers: int = 2):
+    """A GPT-2: no Llama, its matrices held the other way round."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from rlhf_vs_dpo.language.models import quiet
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    named = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return quiet(GPT2LMHeadModel(GPT2Config(**shape, **named)))
+
+
 @pytest.fixture
 def model(tokenizer):
     return small_model(tokenizer)

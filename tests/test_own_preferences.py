@@ -106,3 +106,75 @@ def test_own_preferences_go_through_the_whole_graph(tmp_path):
         assert pairs["chosen"].str.contains("of course").all()
     weights = [(folder / "models" / f"sft-{seed}" / "model.safetensors").read_bytes() for seed in (0, 1)]
     assert weights[0] != weights[1]
+
+
+def as_published(form: str, folder: Path) -> dict[str, str]:
+    """A hundred rows in the exact form of a data set of the Hub, as its files lie there; the names of its splits."""
+
+    def said(i: int, answer: str) -> list[dict]:
+        turns = [("user", f"What comes after {i} ?"), ("assistant", answer)]
+        if i % 4 == 0:
+            turns = [("user", "hello there"), ("assistant", "hello, what is it ?"), *turns]
+        if i % 10 == 0 and form == "tulu":
+            turns = [("system", "You count well."), *turns]
+        return [{"content": content, "role": role} for role, content in turns]
+
+    rows = []
+    for i in range(100):
+        good, bad = f"It is {i + 1}, of course.", f"I do not know {i}."
+        chosen, rejected = said(i, good), said(i, bad)
+        match form:
+            case "hh-rlhf":
+                named = {"user": "Human", "assistant": "Assistant"}
+                texts = ("".join(f"\n\n{named[m['role']]}: {m['content']}" for m in of) for of in (chosen, rejected))
+                rows.append(dict(zip(("chosen", "rejected"), texts, strict=True)))
+            case "ultrafeedback":
+                rows.append(
+                    {
+                        "prompt": chosen[0]["content"], "prompt_id": f"{i:064x}", "chosen": chosen, "rejected": rejected,
+                        "messages": chosen, "score_chosen": 8.0, "score_rejected": 8.0 if i == 41 else 3.5,
+                    }
+                )  # fmt: skip
+            case "tulu":
+                first = next(m["content"] for m in chosen if m["role"] == "user")
+                rows.append(
+                    {
+                        "id": f"row-{i}", "source": "made", "prompt": first, "chosen": chosen, "rejected": rejected,
+                        "chosen_rating": 4.5, "rejected_rating": 4.5 if i == 41 else 1.0, "chosen_model": "a", "rejected_model": "b",
+                    }
+                )  # fmt: skip
+    names = {"hh-rlhf": ("train", "test"), "ultrafeedback": ("train_prefs", "test_prefs"), "tulu": ("train", None)}[
+        form
+    ]
+    parts = [rows] if names[1] is None else [rows[:60], rows[60:]]
+    for name, part in zip(names, parts, strict=False):
+        path = folder / "data" / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(part).to_parquet(path)
+    return {"split": names[0], "held_out": names[1]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["hh-rlhf", "ultrafeedback", "tulu"])
+def test_published_forms_go_through_the_whole_graph(form, tmp_path):
+    folder = copy_project(tmp_path / "project", "smoke")
+    names = as_published(form, folder / "data" / "own" / form)
+    change(folder, "data.source", "hub")
+    change(folder, "data.unusable", "drop")
+    for key, value in {
+        "name": f"data/own/{form}",
+        "splits": {"validation": 0.2, "test": 0.2, "limit": None},
+        **names,
+    }.items():
+        change(folder, f"data.hub.{key}", value)
+    change(folder, "preferences.source", "dataset")
+    change(folder, "policies", {"rl": ["ppo"], "preference": ["dpo"], "imitation": ["best_of_n"], "best_of_n": [2]})
+    change(folder, "evaluate.preferred_by", "rm")
+    reproduce(folder)
+    assert set(results(folder)["methods"]) == {"sft", "ppo", "dpo", "best_of_n", "best_of_2"}
+    pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
+    assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
+    left = pd.read_csv(folder / "data" / "unusable.csv")
+    assert len(pairs) + len(left) == 100
+    ties = left["reason"].str.contains("tie").sum()
+    assert ties == (form != "hh-rlhf")

@@ -58,7 +58,7 @@ def test_half_a_character_is_no_text_and_its_line_is_named(tmp_path):
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}\n'
     )
     with pytest.raises(DataError, match=r"own\.jsonl, line 2: holds no usable text"):
-        files.read_rows(tmp_path / "own.jsonl")
+        list(files.read_rows(tmp_path / "own.jsonl"))
 
 
 @pytest.mark.parametrize("kind", sorted(set(NASTY) - {"long"}))

@@ -68,6 +68,7 @@ class Hub(Section):
     name: str | None
     config: str | None
     split: str
+    held_out: str | None
     revision: str | None
     splits: Splits
     turn_marker: str | None
@@ -146,6 +147,15 @@ class Training(Section):
     adam_epsilon: Positive
 
 
+class Adapter(Section):
+    """Low-rank adapters that are trained in the place of all weights: W + (alpha / rank) B A of the layers that are targets."""
+
+    rank: Count
+    alpha: Positive
+    targets: Literal["all"] | Annotated[list[str], Field(min_length=1)]
+    merge: bool
+
+
 class Base(Section):
     pretrained: str | None
     revision: str | None
@@ -188,6 +198,12 @@ class Checkpoint(Section):
     """How often a stage keeps what it has done, to go on from when it was killed."""
 
     minutes: NonNegative | None
+
+
+class Memory(Section):
+    """What is given for memory; it changes no number."""
+
+    gradient_checkpointing: bool
 
 
 class Monitor(Section):
@@ -510,12 +526,14 @@ SECTIONS: dict[str, Any] = {
     "policies": Policies,
     "data": Data,
     "base": Base,
+    "adapter": Adapter | None,
     "sft": Sft,
     "sampling": Sampling,
     "preferences": Preferences,
     "reward": Reward,
     "monitor": Monitor,
     "checkpoint": Checkpoint,
+    "memory": Memory,
     "rl": AnyRl,
     "preference": Preference,
     "pool": Pool,

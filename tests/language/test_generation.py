@@ -65,7 +65,8 @@ def test_a_response_ends_at_its_first_eos(tokenizer):
 def test_inverse_cdf():
     logits = torch.log(torch.tensor([[0.2, 0.3, 0.5]])).expand(4, 3)
     uniform = torch.tensor([0.0, 0.19, 0.21, 0.99], dtype=torch.float64)
-    assert inverse_cdf(logits, uniform, 1.0).tolist() == [0, 0, 1, 2]
+    token, share = inverse_cdf(logits, uniform, 1.0)
+    assert token.tolist() == [0, 0, 1, 2] and share.tolist() == pytest.approx([0.2, 0.2, 0.3, 0.5])
     with pytest.raises(ModelError, match="not finite"):
         inverse_cdf(torch.tensor([[float("nan"), 0.0]]), uniform[:1], 1.0)
 

@@ -166,6 +166,15 @@ def test_a_reward_model_starts_from_the_policy_and_keeps_its_normalisation(folde
     assert heads.load_scorer(tmp_path / "reward").model.config.reward_shift == 1.5
 
 
+def test_bytes_do_not_say_whether_somebody_was_offline(folder, tmp_path):
+    model, tokenizer = models.load_policy(folder)
+    for offline in (False, True):
+        tokenizer.init_kwargs["local_files_only"] = offline  # as HF_HUB_OFFLINE=1 has it when a tokenizer is read
+        models.save(model, tokenizer, tmp_path / str(offline))
+    ours, theirs = ((tmp_path / str(of) / "tokenizer_config.json").read_text() for of in (False, True))
+    assert ours == theirs
+
+
 def test_folders_that_cannot_be_used_say_why(folder, tmp_path):
     with pytest.raises(ModelError, match="there is no such folder"):
         models.pretrained(base(pretrained="./nowhere"))

@@ -16,6 +16,7 @@ FINE = {
 }
 FAULTS = {
     "negative_kl": {"rollout/kl": -0.4},
+    "sampler_gap": {"rollout/sampler_gap": 0.2, "rollout/sampler_gap_largest": 1.5},
     "ratio_spread": {"update/ratio_std": 0.9},
     "clip_fraction": {"update/clip_fraction": 0.5},
     "explained_variance": {"rollout/explained_variance": -0.5},

@@ -90,6 +90,30 @@ def test_a_prompt_keeps_its_split_whatever_the_order():
     assert set(one["split"]) == {"train", "validation", "test"}
 
 
+def test_a_question_that_stands_beside_the_conversation():
+    """UltraFeedback and Tulu 3: `prompt` is text, and the answers are whole conversations, or messages alone."""
+    whole = {"prompt": "why?", "chosen": [user("why?"), assistant("so")], "rejected": [user("why?"), assistant("no")]}
+    assert pair(whole) == ("User: why?\n\nAssistant:", " so", " no")
+    alone = {"prompt": "why?", "chosen": [assistant("so")], "rejected": [assistant("no")]}
+    assert pair(alone) == pair(whole)
+    system = [{"role": "system", "content": "be kind"}, user("hi"), assistant("hello")]
+    turns = {name: [*system, user("why?"), assistant(name)] for name in ("chosen", "rejected")}
+    opening = "System: be kind\n\nUser: hi\n\nAssistant: hello\n\nUser: why?\n\nAssistant:"
+    assert pair(turns | {"prompt": "hi"}) == pair(turns) == (opening, " chosen", " rejected")
+    with pytest.raises(DataError, match="asks something else"):
+        pair(whole | {"prompt": "who?"})
+
+
+def test_ties_are_no_preference():
+    rows = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "b", "score_chosen": 7.0, "score_rejected": i} for i in range(9)
+    ]
+    with pytest.raises(DataError, match=r"row 7: is a tie, both answers have the score 7\.0"):
+        forms.to_pairs(rows, "f", RENDER, SPLITS, None)
+    read = forms.to_pairs(rows, "f", RENDER, SPLITS, None, drop=True)
+    assert len(read.pairs) == 8 and list(read.left_out["row"]) == [7] and "is a tie" in read.left_out["reason"][0]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +257,15 @@ def test_missing_and_unknown_files(tmp_path):
 
 def hub_settings(name, **changes):
     return Hub(
-        **{"name": name, "config": None, "split": "train", "revision": None, "turn_marker": None, "splits": SPLITS}
+        **{
+            "name": name,
+            "config": None,
+            "split": "train",
+            "held_out": None,
+            "revision": None,
+            "turn_marker": None,
+            "splits": SPLITS,
+        }
         | changes
     )
 
@@ -242,6 +274,24 @@ def test_a_data_set_in_a_local_folder(tmp_path):
     pd.DataFrame(ROWS).to_parquet(tmp_path / "train.parquet")
     tables = hub.build(hub_settings(str(tmp_path)), RENDER, False)
     assert tables.dataset_pairs["chosen"].tolist() == [row["chosen"] for row in ROWS]
+
+
+def test_a_split_of_the_source_is_held_out(tmp_path):
+    both = [ROWS[3] | {"chosen": " else"}]  # a question that the source has in both of its splits
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "train.parquet")
+    pd.DataFrame([*({**row, "prompt": "new " + row["prompt"]} for row in ROWS[:40]), *both]).to_parquet(
+        tmp_path / "test.parquet"
+    )
+    with pytest.raises(DataError, match="row 3: its prompt is held out, too"):
+        hub.build(hub_settings(str(tmp_path), held_out="test"), RENDER, False)
+    tables = hub.build(hub_settings(str(tmp_path), held_out="test"), RENDER, True)
+    pairs = tables.dataset_pairs
+    train = pairs[pairs["split"] == "train"]
+    assert len(train) == 49 and not train["prompt"].str.startswith("new").any()
+    assert set(pairs["split"]) == {"train", "validation", "test"}
+    assert pairs.groupby("prompt")["split"].nunique().max() == 1
+    assert 10 < (pairs["split"] == "test").sum() < 31
+    assert list(tables.left_out["row"]) == [3]
 
 
 def test_a_hub_id_needs_a_revision():

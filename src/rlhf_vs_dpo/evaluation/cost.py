@@ -1,8 +1,9 @@
 r"""What a method costs, with all that it needs before it can start.
 
-    FLOPs = N (6 trained + 2 (generated + read))                           (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)
+    FLOPs = N (6 trained + 2 (generated + read)) - 2 F trained                           (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)
 
-N is the number of weights outside the table of embeddings; `trained` counts a token once for each network and pass that
+N is the number of weights outside the table of embeddings; F those of them that do not learn (under adapters), whose gradients nobody
+computes; `trained` counts a token once for each network and pass that
 learns from it (forward and backward), `generated` those sampled, `read` those run forward only: prompts, and texts that a
 reference, a reward model or a value network looks at. Attention's share, quadratic in length, is left out, as there. What
 only watches or judges (held-out samples, evaluation) is left out of tokens and FLOPs; seconds and memory, which are of the machine, are kept apart (`of_machine`).
@@ -19,7 +20,8 @@ COUNTED = ("flops", "tokens_trained", "tokens_generated", "tokens_read")
 def flops(run: dict[str, Any]) -> float:
     """Floating-point operations of a stage, estimated from what its run file says it did."""
     forward = run.get("tokens_generated", 0) + run.get("tokens_read", 0)
-    return float(run.get("parameters", 0) * (6 * run.get("tokens_trained", 0) + 2 * forward))
+    trained = run.get("tokens_trained", 0)
+    return float(run.get("parameters", 0) * (6 * trained + 2 * forward) - 2 * run.get("frozen", 0) * trained)
 
 
 def of_stage(run: dict[str, Any], share: float = 1.0) -> dict[str, float]:

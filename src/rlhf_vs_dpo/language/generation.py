@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language.continuation import continuation
 from rlhf_vs_dpo.language.logprobs import Policy, suppress
-from rlhf_vs_dpo.language.models import autocast
+from rlhf_vs_dpo.language.models import autocast, sampler
 from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context
 from rlhf_vs_dpo.run.progress import bar
 
@@ -24,11 +24,15 @@ ROWS = 256  # responses generated together
 
 
 class Responses(NamedTuple):
-    """tokens[i].response ends with EOS exactly where finished[i]; `tokens_read` of prompts went through the model."""
+    """tokens[i].response ends with EOS exactly where finished[i]; `tokens_read` of prompts went through the model.
+
+    logp    of each token of each response, as the sampler had it; empty where the sampler is the policy itself, not a copy
+    """
 
     tokens: list[Tokens]
     finished: list[bool]
     tokens_read: int
+    logp: Sequence[list[float]] = ()
 
     @property
     def tokens_generated(self) -> int:
@@ -65,6 +69,9 @@ def generate(
     # Equal lengths together: little padding. Equal prompts together: each is read once for all its responses.
     order = sorted(range(len(prompts.ids)), key=lambda i: (len(prompts.ids[i]), prompts.names[i]))
     responses: list[list[int]] = [[] for _ in prompts.ids]
+    model = sampler(policy.model)
+    copied = model is not policy.model
+    policy, likely = Policy(model, policy.temperature), [[] for _ in prompts.ids]
     device = next(policy.parameters()).device
     read = 0
     with (
@@ -76,8 +83,12 @@ def generate(
             chunk = order[start : start + rows]
             if number == len(done):
                 uniforms = np.stack([stream(seed, prompts.names[i], samples[i], max_new_tokens) for i in chunk])
-                drawn = _generate_batch(policy, [prompts.ids[i] for i in chunk], torch.from_numpy(uniforms).to(device))
+                drawn, logp = _generate_batch(
+                    policy, [prompts.ids[i] for i in chunk], torch.from_numpy(uniforms).to(device)
+                )
                 done.append(drawn)
+                for i, row in zip(chunk, logp, strict=True):
+                    likely[i] = row
             for i, ids in zip(chunk, done[number], strict=True):
                 responses[i] = ids
             read += sum(len(prompt) for prompt in {tuple(prompts.ids[i]) for i in chunk})
@@ -86,6 +97,7 @@ def generate(
         [Tokens(prompt, response) for prompt, response in zip(prompts.ids, responses, strict=True)],
         [response[-1] == policy.eos for response in responses],
         read,
+        likely if copied else (),
     )
 
 
@@ -120,8 +132,10 @@ def from_main(values: list[float]) -> list[float]:
     return values
 
 
-def _generate_batch(policy: Policy, prompts: list[list[int]], uniforms: Tensor) -> list[list[int]]:
-    """Responses to prompts, each of which is read once; `uniforms` is (B, most tokens of a response)."""
+def _generate_batch(
+    policy: Policy, prompts: list[list[int]], uniforms: Tensor
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Responses to prompts, each of which is read once, and log-probabilities of their tokens; `uniforms` is (B, most tokens)."""
     model, eos, most = policy.model, policy.eos, uniforms.shape[1]
     distinct = {tuple(prompt): number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     expand = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=uniforms.device)
@@ -129,13 +143,15 @@ def _generate_batch(policy: Policy, prompts: list[list[int]], uniforms: Tensor) 
     if len(distinct) < len(prompts):
         reading.select(expand)
     drawn = torch.full((len(prompts), most), eos, device=uniforms.device)
+    likely = torch.zeros(drawn.shape, dtype=torch.float64, device=uniforms.device)
     rows = torch.arange(len(prompts), device=uniforms.device)  # which row of `drawn` is read on in each row
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=uniforms.device)
     for step in range(most):
         logits = suppress(reading.logits.float(), model)
         # A row that has ended is carried along until the next clearing; all it draws is EOS.
-        token = torch.where(ended, eos, inverse_cdf(logits, uniforms[rows, step], policy.temperature))
-        drawn[rows, step] = token
+        token, share = inverse_cdf(logits, uniforms[rows, step], policy.temperature)
+        token = torch.where(ended, eos, token)
+        drawn[rows, step], likely[rows, step] = token, share
         ended = ended | (token == eos)
         living = int((~ended).sum())
         if not living or step == most - 1:
@@ -145,11 +161,13 @@ def _generate_batch(policy: Policy, prompts: list[list[int]], uniforms: Tensor) 
             reading.select(keep)
             rows, ended, token = rows[keep], ended[keep], token[keep]
         reading.step(token)
-    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
+    responses = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in drawn.tolist()]
+    logp = likely.log().tolist()
+    return responses, [row[: len(ids)] for row, ids in zip(logp, responses, strict=True)]
 
 
-def inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Token whose interval of the cumulative distribution holds `uniform`: (B, V), (B,) -> (B,) int64.
+def inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Token whose interval of the cumulative distribution holds `uniform`, and how wide it is: (B, V), (B,) -> (B,) int64, (B,) float64.
 
     Double precision, or a cumulative sum over a large vocabulary would move probability between tokens.
     """
@@ -157,7 +175,9 @@ def inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
         raise ModelError("generation met logits that are not finite: the policy has diverged, or its folder is damaged")
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
     target = uniform.double() * cumulative[:, -1]
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    upper, lower = (cumulative.gather(-1, (token - less).clamp_min(0)[:, None])[:, 0] for less in (0, 1))
+    return token, (upper - torch.where(token > 0, lower, 0.0)) / cumulative[:, -1]
 
 
 def decode(tokenizer, responses: Sequence[Tokens]) -> list[str]:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rlhf_vs_dpo.config import Adapter
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.models import Network, device, in_float32, load, load_own
+from rlhf_vs_dpo.language import adapters
+from rlhf_vs_dpo.language.models import Network, device, freeze, in_float32, light, load, load_own, to_learn
 from rlhf_vs_dpo.language.states import states
 from rlhf_vs_dpo.language.text import Batch
 
@@ -29,18 +31,26 @@ class Scorer(Network):
         return self.model.score if hasattr(self.model, "score") else self.model.classifier
 
 
-def scorer_from_policy(folder: Path) -> tuple[Scorer, object]:
-    """A reward model to be trained: the policy's body, and a head drawn from N(0, 1/(d+1)) (Stiennon et al. 2020, B.1)."""
+def scorer_from_policy(folder: Path, adapter: Adapter | None = None, again: bool = False) -> tuple[Scorer, object]:
+    """A reward model to be trained: the policy's body, and a head drawn from N(0, 1/(d+1)) (Stiennon et al. 2020, B.1).
+
+    adapter     low-rank adapters to be trained, with the head, in the place of all weights
+    again       compute activations again in the backward pass: `memory.gradient_checkpointing`
+    """
     model, tokenizer = load(str(folder), "AutoModelForSequenceClassification", {"num_labels": 1}, new_head=True)
     model.config.reward_shift, model.config.reward_scale = 0.0, 1.0
     scorer = Scorer(model)
     width = scorer.head.in_features
     nn.init.normal_(scorer.head.weight, std=(width + 1) ** -0.5)
+    to_learn(model, adapter, again)
     return scorer.to(device()), tokenizer
 
 
-def load_scorer(folder: Path) -> Scorer:
-    """A trained reward model with its normalisation. Raises ModelError if the folder carries none."""
+def load_scorer(folder: Path, beside: nn.Module | None = None) -> Scorer:
+    """A trained reward model with its normalisation. Raises ModelError if the folder carries none.
+
+    beside      a model that this one shares the base of its adapters with; without it, adapters are merged
+    """
     model, _ = load_own(folder, "AutoModelForSequenceClassification")
     shift, scale = getattr(model.config, "reward_shift", None), getattr(model.config, "reward_scale", None)
     if (
@@ -53,4 +63,8 @@ def load_scorer(folder: Path) -> Scorer:
             f"{folder}: config.json has no usable reward_shift and reward_scale ({shift}, {scale}); it is not a reward model of the `reward` stage "
             "(set both, to 0.0 and 1.0 for raw scores)"
         )
-    return Scorer(model).to(device())
+    if beside is None:
+        model = freeze(adapters.merged(model))
+    else:
+        adapters.share(model, beside)
+    return Scorer(light(model.to(device())))

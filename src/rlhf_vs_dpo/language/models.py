@@ -1,14 +1,17 @@
 """Load, freeze, save byte-stably. Model folders are plain Hugging Face folders, safetensors only."""
 
+import copy
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.config import Base, Scratch
+from rlhf_vs_dpo.config import Adapter, Base, Scratch
 from rlhf_vs_dpo.errors import ModelError
+from rlhf_vs_dpo.language import adapters
 from rlhf_vs_dpo.run import arithmetic, atomic
 
 if not torch.cuda.is_available():
@@ -56,12 +59,56 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def recompute(model: nn.Module) -> nn.Module:
+    """Have layers compute their activations again in the backward pass: the same numbers, less memory, about a third more time."""
+    with warnings.catch_warnings():  # newer releases call it activation checkpointing, older ones do not know that name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def light(model: nn.Module) -> nn.Module:
+    """On a GPU, hold matrices that do not learn in bf16, the form in which `autocast` reads them: the same numbers, half the memory."""
+    if device().type == "cuda" and torch.cuda.is_bf16_supported():
+        in_bf16(model)
+    return model
+
+
+def in_bf16(model: nn.Module, learning: bool = False) -> nn.Module:
+    """Frozen matrices of a model's body as bf16; embeddings, norms and heads, which are read in float32, stay as they are.
+
+    learning    those that learn, too
+    """
+    for _, layer in adapters.linear(model.base_model):
+        for name, p in list(layer.named_parameters(recurse=False)):
+            if learning or not p.requires_grad:
+                setattr(layer, name, nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False))
+    return model
+
+
+def sampler(model: nn.Module) -> nn.Module:
+    """The network that responses are sampled from: on a CPU the model itself, its adapters merged; on a GPU a copy in bf16.
+
+    `autocast` would cast float32 matrices again for every token.
+    """
+    merged = adapters.merged(model)
+    if device().type != "cuda" or not torch.cuda.is_bf16_supported():
+        return merged
+    return in_bf16(copy.deepcopy(merged, {id(p): p for p in merged.parameters()}), learning=True)
+
+
 def size(model: nn.Module) -> int:
     """Weights outside the table of embeddings (a look-up): N of the estimate 6 N per token (arXiv:2001.08361, section 2.1).
 
     A projection that shares that table is left out with it, as there.
     """
     return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+def frozen(model: nn.Module) -> int:
+    """Those weights of `size` that do not learn: under adapters, all but the adapters."""
+    table = model.get_input_embeddings().weight
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad and p is not table)
 
 
 def context_of(config) -> int:
@@ -75,6 +122,23 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+
+    def state_dict(self, *args, **options):
+        """What is learned: all of it; under adapters, what does not stand in the base."""
+        whole = super().state_dict(*args, **options)
+        if adapters.attached(self.model):
+            learned = {name for name, p in self.named_parameters() if p.requires_grad}
+            whole = {name: value for name, value in whole.items() if name in learned}
+        return whole
+
+    def load_state_dict(self, state, *args, **options):
+        """The reverse. Raises RuntimeError where the state is that of another network."""
+        if adapters.attached(self.model):
+            learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            if learned.keys() != state.keys():
+                raise RuntimeError("a state of other adapters")
+            options["strict"] = False
+        return super().load_state_dict(state, *args, **options)
 
     @property
     def pad(self) -> int:
@@ -91,16 +155,16 @@ class Network(nn.Module):
         """Padded tokens of one micro-batch that fit this device: what divides a global batch, never what defines it.
 
         A rough count of float32 activations per token (about 40 vectors of the width a layer, and two of the
-        vocabulary), against a quarter of the memory of a GPU that is free now; on a CPU 16,384 tokens keep the working
+        vocabulary), against a quarter of the memory of a GPU that is free now, or 4 GiB on any CPU, where 16,384 tokens keep the working
         set near the caches. RLHF_MICRO_TOKENS overrides it, on a CPU only with RLHF_NATIVE, for it moves bits.
         """
         given = os.environ.get("RLHF_MICRO_TOKENS")
         if given and (torch.cuda.is_available() or arithmetic.native()):
             return int(given)
-        if not torch.cuda.is_available():
-            return 16384
         config = self.model.config.get_text_config()
         per_token = 4 * (40 * config.hidden_size * config.num_hidden_layers + 2 * config.vocab_size)
+        if not torch.cuda.is_available():
+            return min(16384, max(2048, 2**32 // per_token))
         return max(2048, int(torch.cuda.mem_get_info()[0] / 4 / per_token))
 
 
@@ -186,9 +250,31 @@ def _origin(name: str, revision: str | None) -> dict[str, str]:
 
 
 def load_policy(folder: Path):
-    """(model, tokenizer) of a folder that a stage wrote, float32, dropout off, in eval mode, on `device()`."""
+    """(model, tokenizer) of a folder that a stage wrote, to be read only: dropout off, in eval mode, on `device()`; adapters merged."""
     model, tokenizer = load_own(folder, "AutoModelForCausalLM")
-    return model.to(device()), tokenizer
+    return light(freeze(adapters.merged(model)).to(device())), tokenizer
+
+
+def load_learner(folder: Path, adapter: Adapter | None = None, again: bool = False):
+    """(model, tokenizer) of a folder that a stage wrote, to be trained: float32, dropout off, in eval mode, on `device()`.
+
+    adapter     low-rank adapters that learn in the place of all weights
+    again       compute activations again in the backward pass: `memory.gradient_checkpointing`
+    """
+    model, tokenizer = load_own(folder, "AutoModelForCausalLM")
+    return to_learn(model, adapter, again).to(device()), tokenizer
+
+
+def to_learn(model: nn.Module, adapter: Adapter | None, again: bool) -> nn.Module:
+    """A model as it is trained (see `load_learner`)."""
+    if adapter is not None:
+        light(adapters.attach(model, adapter))
+    return recompute(model) if again else model
+
+
+def start_of(model: nn.Module, folder: Path) -> nn.Module:
+    """What `model`, to be trained from a folder, is compared with: the policy of the folder; under adapters, its base without them."""
+    return adapters.switched_off(model) if adapters.attached(model) else load_policy(folder)[0]
 
 
 def tokenizer_and_context(folder: Path):
@@ -206,7 +292,11 @@ def load_own(folder: Path, kind: str):
     """A folder that a stage wrote: it must hold exactly the weights of its kind, all finite, and a whole tokenizer."""
     if not Path(folder).is_dir():
         raise ModelError(f"{folder}: no such folder; `dvc repro` makes it, `dvc status` says by which stage")
-    model, tokenizer = load(str(folder), kind, {}, strict=True)
+    base = adapters.base_of(Path(folder))
+    if base is None:
+        model, tokenizer = load(str(folder), kind, {}, strict=True)
+    else:
+        model, tokenizer = _on_base(Path(folder), base, kind)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise ModelError(
             f"{folder}: its tokenizer has no EOS, or no PAD of its own; remove the folder and run `dvc repro`"
@@ -225,6 +315,21 @@ def load_own(folder: Path, kind: str):
     return model, tokenizer
 
 
+def _on_base(folder: Path, base: Path, kind: str):
+    """(model, tokenizer) of a folder of adapters: weights of the base, all else of the folder itself."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise _unloadable(str(folder), kind, error) from error
+    model, _ = load(str(base), kind, {"config": config}, new_head=True)
+    if kind == "AutoModelForCausalLM":
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return adapters.restore(model, folder), tokenizer
+
+
 def load(name: str, kind: str, extra: dict, new_head: bool = False, strict: bool = False):
     """(model, tokenizer); a weight that the folder lacks is an error, unless it is that of a head to be trained."""
     import transformers
@@ -239,7 +344,7 @@ def load(name: str, kind: str, extra: dict, new_head: bool = False, strict: bool
         model, found = getattr(transformers, kind).from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **weights, **extra
         )
-        tokenizer_extra = {key: value for key, value in extra.items() if key != "num_labels"}
+        tokenizer_extra = {key: value for key, value in extra.items() if key not in ("num_labels", "config")}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_extra)
     except Exception as error:  # transformers, safetensors, json and the Hub client raise unrelated types
         raise _unloadable(name, kind, error) from error
@@ -303,10 +408,11 @@ def sampled_at(model: nn.Module, temperature: float) -> None:
     config.do_sample, config.temperature, config.top_k, config.top_p = True, temperature, 0, 1.0
 
 
-def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
+def add_control_tokens(model, tokenizer, tokens: list[str], weight_decay: float = 0.0) -> None:
     """Give model and tokenizer new tokens to be prompted by: embeddings resized, never said, written into the folder.
 
-    Their embeddings start at the mean of all others, so that they mean nothing until they are trained.
+    Their embeddings start at the mean of all others, so that they mean nothing until they are trained. Under adapters they are
+    all that learns of the embeddings. Raises ModelError where `weight_decay` would shrink the others all the same.
     """
     known = len(tokenizer)
     tokenizer.add_tokens(tokens, special_tokens=True)
@@ -316,13 +422,47 @@ def add_control_tokens(model, tokenizer, tokens: list[str]) -> None:
     start_at_mean(model, ids, known)
     never_say(model, ids)
     model.config.prompt_suffixes = tokens
+    if adapters.attached(model):
+        if weight_decay > 0:
+            raise ModelError(
+                "params.yaml: control tokens under `adapter` need `weight_decay: 0.0`, or all embeddings would shrink"
+            )
+        adapters.learn_rows(model.get_input_embeddings().weight, ids)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, tokenizer, folder: Path) -> None:
-    """Write a model folder whole or not at all."""
+def save(model: nn.Module, tokenizer, folder: Path, base: Path | None = None, merge: bool = False) -> None:
+    """Write a model folder whole or not at all.
+
+    base    the folder that the model's adapters were attached to
+    merge   write a whole model, and no adapters
+    """
     with atomic.folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        if not adapters.attached(model) or merge:
+            adapters.merged(_in_float32(model, base)).save_pretrained(temporary)
+        else:
+            adapters.save(model, temporary, base)
+            model.config.save_pretrained(temporary)
+            if model.can_generate():
+                model.generation_config.save_pretrained(temporary)
+        if "local_files_only" in tokenizer.init_kwargs:
+            tokenizer.init_kwargs["local_files_only"] = (
+                False  # else HF_HUB_OFFLINE of whoever runs this would be in the bytes
+            )
         tokenizer.save_pretrained(temporary)
+
+
+def _in_float32(model: nn.Module, base: Path | None) -> nn.Module:
+    """The model with the matrices that `light` rounded as they stand in its base: adapters are smaller than the rounding."""
+    rounded = {name for name, p in model.named_parameters() if p.dtype is torch.bfloat16}
+    if not rounded:
+        return model
+    kind = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForSequenceClassification"
+    stored = dict(load(str(base), kind, {}, new_head=True)[0].named_parameters())
+    whole = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for name in rounded:
+        parent, _, last = name.rpartition(".")
+        setattr(whole.get_submodule(parent), last, stored[name.replace(".base_layer.", ".")])
+    return whole.cpu()

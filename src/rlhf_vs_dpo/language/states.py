@@ -11,8 +11,13 @@ log-probabilities and values; at the last one, for a reward. A Llama is therefor
 What is read is the same, to rounding (a test holds values and gradients against the model as it comes). Any other model runs as it comes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_vs_dpo.language.llama import Rows, attend, heads, is_llama, rest, turns
 from rlhf_vs_dpo.language.text import Batch
@@ -36,8 +41,25 @@ def states(model: nn.Module, batch: Batch, where: Tensor) -> Tensor:
     body = model.base_model
     if is_llama(body):
         return _of_llama(body, batch, where)
-    whole = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    with _forgetting(body):
+        whole = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return whole.last_hidden_state[where]
+
+
+@contextmanager
+def _forgetting(body: nn.Module) -> Iterator[None]:
+    """Layers compute their activations again in the backward pass, if the model was told to (`models.recompute`).
+
+    transformers does so in training mode alone, in which the rest of the model is never: its dropout is off for good.
+    """
+    told = [layer for layer in body.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in told:
+        layer.training = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        for layer in told:
+            layer.training = False
 
 
 def _of_llama(body: nn.Module, batch: Batch, where: Tensor) -> Tensor:
@@ -58,24 +80,33 @@ def _of_llama(body: nn.Module, batch: Batch, where: Tensor) -> Tensor:
 
     order = place[: responses.filled.shape[1]].expand_as(responses.filled)  # place of each token in its response
     seen = _seen(order, prompts.filled[batch.owner])
-    for layer in below:
+
+    def through(layer: nn.Module, flat: Tensor) -> Tensor:
         queries, keys, values = heads(layer, flat, turn, "qkv")
         of_responses = attend(layer, responses.pad(queries), whole.pad(keys), whole.pad(values), seen)
         attended = [responses.unpad(of_responses)]
         if count:
             of_prompts = attend(layer, prompts.pad(queries), prompts.pad(keys), prompts.pad(values), None)
             attended.insert(0, prompts.unpad(of_prompts))
-        flat = rest(layer, flat, torch.cat(attended))
+        return rest(layer, flat, torch.cat(attended))
 
-    keys, values = heads(top, flat, turn, "kv")
-    wanted = where[own].nonzero()[:, 0]  # which tokens of responses are read
-    read = flat.index_select(0, count + wanted)
-    (queries,) = heads(top, read, turn.index_select(0, count + wanted), "q")
-    slots = Rows.of(where.sum(-1), 0)
-    at = order[responses.filled][wanted].index_select(0, slots.tokens.flatten()).view_as(slots.tokens)
-    seen = _seen(at, prompts.filled[batch.owner], responses.filled.shape[1])
-    attended = slots.unpad(attend(top, slots.pad(queries), whole.pad(keys), whole.pad(values), seen))
-    return body.norm(rest(top, read, attended))
+    def at_top(flat: Tensor) -> Tensor:
+        keys, values = heads(top, flat, turn, "kv")
+        wanted = where[own].nonzero()[:, 0]  # which tokens of responses are read
+        read = flat.index_select(0, count + wanted)
+        (queries,) = heads(top, read, turn.index_select(0, count + wanted), "q")
+        slots = Rows.of(where.sum(-1), 0)
+        at = order[responses.filled][wanted].index_select(0, slots.tokens.flatten()).view_as(slots.tokens)
+        seen = _seen(at, prompts.filled[batch.owner], responses.filled.shape[1])
+        attended = slots.unpad(attend(top, slots.pad(queries), whole.pad(keys), whole.pad(values), seen))
+        return rest(top, read, attended)
+
+    for step in (*(partial(through, layer) for layer in below), at_top):
+        if top.gradient_checkpointing and torch.is_grad_enabled():
+            flat = checkpoint(step, flat, use_reentrant=False, preserve_rng_state=False)
+        else:
+            flat = step(flat)
+    return body.norm(flat)
 
 
 def _seen(at: Tensor, prompt: Tensor, width: int | None = None) -> Tensor:

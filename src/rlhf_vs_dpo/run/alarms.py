@@ -23,6 +23,12 @@ ALARMS = {
         "log-probabilities are taken under (temperature, top-k, top-p, a minimum length), padding is counted, dropout is "
         "on, or the reference is another model.",
     ),
+    "sampler_gap": Alarm(
+        lambda m, first, done: m.get("rollout/sampler_gap", 0.0) > 0.05,
+        "the sampler's log-probabilities lie {rollout/sampler_gap:.3f} nats per token from those of training (at most "
+        "{rollout/sampler_gap_largest:.2f}): responses come from another distribution than the one that is trained. bf16 explains about 0.01; "
+        "more says that the copy which is sampled from is not the policy, or that the model needs float32.",
+    ),
     "ratio_spread": Alarm(
         lambda m, first, done: m.get("update/ratio_std", 0.0) > 0.5,
         "ratios of new to old probability have a standard deviation of {update/ratio_std:.2f}. Steps are too large for the "

@@ -158,7 +158,9 @@ def stage(
                 print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
             recorder = Recorder()
             recorder.tell(create=asked or name, tags=tags | _circumstances(), params=params, journals=checkpoint.runs)
-        run = Run(params, recorder, checkpoint)
+        run = Run(
+            params | {"memory": whole["memory"]}, recorder, checkpoint
+        )  # DVC need not know it: no number depends on it
         checkpoint.keep(run=run)
         run.reads(*inputs)
         with checkpoint.listening():

@@ -1,6 +1,8 @@
 """A user's own preferences: local JSONL or parquet in any of the forms of `forms.py`."""
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from rlhf_vs_dpo.tables import validate
 WATCHED = Path("data/own")  # a dependency of the `data` stage
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL or parquet file. Raises DataError naming the file, and the line where one is not JSON."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL or parquet file, read one by one. Raises DataError naming the file, and the line where one is not JSON."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; `data.files` in params.yaml names it")
@@ -24,17 +26,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except Exception as error:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{path}: not a readable parquet file ({error})") from error
+        return
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         raise DataError(f"{path}: unknown kind of file; give .jsonl (an object a line) or .parquet")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
+    read = 0  # bytes of the lines before
+    for number, raw in enumerate(
+        path.open("rb"), start=1
+    ):  # bytes: U+2028 may stand inside a string, and ends no line there
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {read + error.start}); convert it") from None
+        read += len(raw)
         if not line.strip():
             continue
         try:
@@ -46,8 +53,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: holds no usable text ({type(error).__name__})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: not a JSON object")
-        rows.append(row)
-    return rows
+        yield row
 
 
 def build(settings: Files, render: Render, drop: bool) -> Tables:
@@ -63,7 +69,7 @@ def build(settings: Files, render: Render, drop: bool) -> Tables:
             print(
                 f"note: {given} is outside {WATCHED}/, so that DVC sees its name alone; after a change: dvc repro --force data"
             )
-    rows = read_rows(path)[: settings.splits.limit]
+    rows = islice(read_rows(path), settings.splits.limit)
     pairs, left_out = to_pairs(rows, str(path), render, settings.splits, settings.turn_marker, drop)
     tables = derived(pairs)
     if settings.demonstrations:
@@ -75,7 +81,7 @@ def build(settings: Files, render: Render, drop: bool) -> Tables:
 
 def _demonstrations(path: Path, settings: Files, pairs: pd.DataFrame) -> pd.DataFrame:
     """Columns `prompt`, `response` and perhaps `split`; a prompt that pairs have keeps the split it has there."""
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     for number, row in enumerate(rows):
         for column in ("prompt", "response"):
             if not isinstance(row.get(column), str):
@@ -100,7 +106,7 @@ def _demonstrations(path: Path, settings: Files, pairs: pd.DataFrame) -> pd.Data
 
 def _corpus(path: Path, settings: Files) -> pd.DataFrame:
     """Column `text` and perhaps `split` (train, validation)."""
-    frame = pd.DataFrame(read_rows(path))
+    frame = pd.DataFrame(list(read_rows(path)))
     if "text" not in frame:
         raise DataError(f"{path}: column 'text' is missing")
     if "split" not in frame:

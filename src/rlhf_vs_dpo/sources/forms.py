@@ -2,14 +2,16 @@
 
 explicit        {"prompt": "...", "chosen": "...", "rejected": "..."}
 implicit        {"chosen": "...", "rejected": "..."} that share the prompt as their prefix
-conversational  the same two with lists of {"role", "content"}, rendered by the model's chat template
+conversational  the same two with lists of {"role", "content"}, rendered by the model's chat template; `prompt` may say the first
+                question once more, as text (UltraFeedback, Tulu 3)
 
+A row whose two answers have the same score (`SCORES`) is a tie, and no preference.
 Column names are TRL's. A prompt's id is a hash of its text, and so is its split: the same prompt is always in the same
 split, whatever file or order it comes in.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -19,6 +21,10 @@ from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.tables import empty, validate
 
 Render = Callable[[Sequence[dict[str, str]], bool], str]  # (messages, add the opening of an answer) -> text
+
+COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "annotator", "p_chosen")
+SCORES = (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))  # of UltraFeedback, of Tulu 3
+HELD_OUT = "held out"  # of a source that says so much and no more
 
 # For models that bring no chat template: plain text, a turn a paragraph.
 PLAIN_TEMPLATE = (
@@ -31,9 +37,19 @@ def prompt_id(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
+def _place(prompt: str) -> float:
+    """A number from 0 to 1 that belongs to a prompt."""
+    return int(hashlib.sha256(b"split:" + prompt.encode()).hexdigest()[:8], 16) / 16**8
+
+
+def _half(prompt: str) -> str:
+    """validation or test, by a hash of the prompt."""
+    return "test" if _place(prompt) < 0.5 else "validation"
+
+
 def split_of(prompt: str, splits: Splits) -> str:
     """train, validation or test, by a hash of the prompt."""
-    place = int(hashlib.sha256(b"split:" + prompt.encode()).hexdigest()[:8], 16) / 16**8
+    place = _place(prompt)
     if place < splits.test:
         return "test"
     return "validation" if place < splits.test + splits.validation else "train"
@@ -52,6 +68,8 @@ def pair_of(row: dict[str, Any], place: str, render: Render, turn_marker: str | 
         return (prompt, chosen, rejected) if prompt is not None else _implicit(chosen, rejected, place, turn_marker)
     if kinds == {list}:
         return _conversation(prompt, chosen, rejected, place, render)
+    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
+        return _conversation(_asked(prompt, chosen, rejected, place), chosen, rejected, place, render)
     raise DataError(f"{place}: `prompt`, `chosen` and `rejected` must all be text, or all be lists of messages")
 
 
@@ -80,6 +98,17 @@ def _word_start(text: str) -> int:
     head = text.rstrip()
     at = max((head.rfind(space) for space in " \n\t"), default=-1)
     return len(head[: at + 1].rstrip()) if at >= 0 else 0
+
+
+def _asked(prompt: str, chosen: list, rejected: list, place: str) -> list | None:
+    """Messages before answers whose question stands beside them as text; None: the answers bring it with them."""
+    first = [of[0] for of in (chosen, rejected) if of and isinstance(of[0], dict)]
+    if all(message.get("role") == "assistant" for message in first):
+        return [{"role": "user", "content": prompt}]
+    said = [message.get("content") for message in chosen if isinstance(message, dict) and message.get("role") == "user"]
+    if prompt not in said:
+        raise DataError(f"{place}: `prompt` asks something else than the conversation in `chosen`")
+    return None
 
 
 def _conversation(
@@ -155,52 +184,75 @@ class Read(NamedTuple):
 
 
 def to_pairs(
-    rows: list[dict[str, Any]], place: str, render: Render, splits: Splits, turn_marker: str | None, drop: bool = False
+    rows: Iterable[dict[str, Any]],
+    place: str,
+    render: Render,
+    splits: Splits,
+    turn_marker: str | None,
+    drop: bool = False,
 ) -> Read:
     """Preferences in any of the forms. Optional columns are kept where a row has them: `pair_id`, `split`, `annotator`, `p_chosen`.
 
-    Rows that are no preference (in no form, an empty text, the same answer twice) are listed and left out where `drop` is set, else
-    reported together by a DataError.
+    Rows that are no preference (in no form, an empty text, the same answer twice, a tie) are listed and left out where `drop` is set, else
+    reported together by a DataError. A row of split `held out` is of validation or of test, by a hash of its prompt; rows of `train` with
+    that prompt are left out, too.
     """
-    pairs, faults = [], {}
+    pairs: dict[str, list] = {name: [] for name in COLUMNS}
+    numbers: list[int] = []  # of the rows that became pairs
+    held_out = False
+    faults: dict[int, tuple[str, str, str]] = {}  # what is wrong with a row, its id and how it begins
     for number, row in enumerate(rows):
+        name = f"pair-{number:06d}" if row.get("pair_id") is None else str(row["pair_id"])
         try:
             prompt, chosen, rejected = pair_of(row, f"{place}, row {number}", render, turn_marker)
             probability = row.get("p_chosen")
             if isinstance(probability, bool) or not isinstance(probability, (int, float, type(None))):
                 raise DataError(f"{place}, row {number}: `p_chosen` must be a number, got {probability!r}")
             _check_texts(prompt, chosen, rejected, f"{place}, row {number}")
+            _check_decided(row, f"{place}, row {number}")
         except DataError as error:
-            faults[number] = str(error)
+            faults[number] = str(error), name, str(row)[:80]
             continue
-        pairs.append(
-            {
-                "pair_id": f"pair-{number:06d}" if row.get("pair_id") is None else str(row["pair_id"]),
-                "prompt_id": prompt_id(prompt),
-                "split": row.get("split") or split_of(prompt, splits),
-                "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "annotator": str(row.get("annotator") or "dataset"),
-                "p_chosen": row.get("p_chosen"),
-            }
-        )
+        split = row.get("split") or split_of(prompt, splits)
+        held_out = held_out or split == HELD_OUT
+        values = (
+            name, prompt_id(prompt), _half(prompt) if split == HELD_OUT else split, prompt, chosen, rejected,
+            str(row.get("annotator") or "dataset"), row.get("p_chosen"),
+        )  # fmt: skip
+        for column, value in zip(COLUMNS, values, strict=True):
+            pairs[column].append(value)
+        numbers.append(number)
+    frame = pd.DataFrame(pairs)
+    del pairs
+    if held_out:
+        held = set(frame.loc[frame["split"] != "train", "prompt_id"])
+        for at in frame.index[(frame["split"] == "train") & frame["prompt_id"].isin(held)]:
+            why = f"{place}, row {numbers[at]}: its prompt is held out, too"
+            faults[numbers[at]] = why, frame["pair_id"][at], frame["prompt"][at][:80]
+        frame = frame[~((frame["split"] == "train") & frame["prompt_id"].isin(held))].reset_index(drop=True)
     if faults and not drop:
         more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise DataError(
-            "\n".join(list(faults.values())[:20])
+            "\n".join([why for why, _, _ in faults.values()][:20])
             + more
             + "\nMend these rows, or set `data.unusable: drop` in params.yaml to leave them out"
         )
-    if not pairs:
+    if not len(frame):
         raise DataError(f"{place}: holds no row" + (" that is a preference" if faults else ""))
-    frame = pd.DataFrame(pairs).astype({"p_chosen": "float64"}).assign(chosen_ids=None, rejected_ids=None)
+    frame = frame.astype({"p_chosen": "float64"}).assign(chosen_ids=None, rejected_ids=None)
     left_out = [
-        ("dataset_pairs", number, str(rows[number].get("pair_id") or f"pair-{number:06d}"), fault.removeprefix(f"{place}, row {number}").lstrip(":, "), str(rows[number])[:80])
-        for number, fault in faults.items()
-    ]  # fmt: skip
+        ("dataset_pairs", number, name, why.removeprefix(f"{place}, row {number}").lstrip(":, "), begins)
+        for number, (why, name, begins) in sorted(faults.items())
+    ]
     listed = pd.DataFrame(left_out, columns=empty("unusable").columns) if left_out else empty("unusable")
     return Read(validate(frame, "pairs", place), listed)
+
+
+def _check_decided(row: dict[str, Any], place: str) -> None:
+    for names in SCORES:
+        scores = [row.get(name) for name in names]
+        if None not in scores and scores[0] == scores[1]:
+            raise DataError(f"{place}: is a tie, both answers have the score {scores[0]}")
 
 
 def _check_texts(prompt: str, chosen: str, rejected: str, place: str) -> None:

@@ -27,7 +27,7 @@ from rlhf_vs_dpo.tables import empty
 def reviews(settings: Imdb) -> pd.DataFrame:
     """All reviews as `text` (one line, no markup) and `label` (1 positive, 0 negative), duplicates removed."""
     if settings.origin == "hub":
-        frame = pd.DataFrame(load_rows(settings.dataset, None, "train", settings.revision))
+        frame = pd.DataFrame(list(load_rows(settings.dataset, None, "train", settings.revision)))
         if not {"text", "label"} <= set(frame.columns):
             raise DataError(f"{settings.dataset}: needs columns `text` and `label`, has {', '.join(frame.columns)}")
     else:

@@ -10,7 +10,6 @@
 needs second derivatives; the third imitates the brake by clipping, at the price of the first.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.language import adapters
 from rlhf_vs_dpo.language.text import Batch, collate, micro_batches
 from rlhf_vs_dpo.losses.ppo import policy_loss, value_loss
 from rlhf_vs_dpo.losses.reinforce import policy_gradient_loss
@@ -93,7 +93,7 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
     settings, policy, reduce = learner.settings, learner.networks.policy, learner.accelerate.reduce
     parameters = [p for p in policy.parameters() if p.requires_grad]
     start = torch.nn.utils.parameters_to_vector(parameters).detach()
-    old = copy.deepcopy(policy).requires_grad_(False)
+    old = adapters.twin(policy).requires_grad_(False)
     micro = _micro(learner, episodes, list(range(len(episodes.tokens))), learner.memory.tokens)
     units = _tokens(learner, episodes, range(len(episodes.tokens)))
     # Prompts come in random order, so that the first of the global batch are as good as any others.

@@ -6,27 +6,31 @@ left out on purpose, is listed in docs/ppo-details.md.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
+from rlhf_vs_dpo.language import adapters
+from rlhf_vs_dpo.language.generation import ROWS
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.models import autocast, freeze
 from rlhf_vs_dpo.language.states import last
-from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context, collate
+from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.checkpoint import Values
 from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.training import plan
 from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator, scheduled
-from rlhf_vs_dpo.training.rollouts import Episodes, rollout
+from rlhf_vs_dpo.training.rollouts import Episodes, rollout, state_values
 
 
 class Totals(NamedTuple):
@@ -64,6 +68,8 @@ def train(
         )
     freeze(networks.reward)
     freeze(networks.reference)
+    longest = sorted(prompts.ids, key=len)[:-3:-1]
+    learner.memory.tokens = plan.check(planned(learner, longest), learner.memory.tokens, accelerate, record.what)
     rng = np.random.default_rng(seed)  # the same on every process
     distinct = settings.episodes // settings.samples_per_prompt
     # What an iteration hands to the next: prompts that are still to be asked, the KL coefficient, tokens generated and read.
@@ -129,13 +135,37 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
     else:
         networks.policy.to(accelerate.device)
     if ATTEMPTS[settings.algorithm].critic:
-        value = Scorer(copy.deepcopy(networks.reward.model)).requires_grad_(True)
-        critic = Optimiser(accelerate, value, training(settings.value_learning_rate, steps))
+        critic = Optimiser(accelerate, value_network(networks.reward), training(settings.value_learning_rate, steps))
     return Learner(
         networks, accelerate, settings, max_new_tokens, actor, critic, corpus, Memory(networks.policy.budget, accelerate),
         minibatch_rng=np.random.default_rng([seed, 2]),
         ptx_rng=np.random.default_rng([seed, 1]),  # of its own, so that PPO-ptx sees the prompts that PPO sees
     )  # fmt: skip
+
+
+def planned(learner: Learner, longest: list[list[int]]) -> plan.Plan:
+    """Memory of a run of which these are the longest prompts: the policy and the value network learn in turn, the others are read."""
+    policy, reference, reward = learner.networks
+    whole = [Tokens(prompt, [policy.eos] * learner.max_new_tokens) for prompt in longest]
+
+    def batch(count: int) -> Batch:
+        return collate(whole[:count], learner.pad).to(learner.accelerate.device)
+
+    learning: dict[nn.Module, Callable[[int], Tensor]] = {policy: lambda count: policy(batch(count)).sums().sum()}
+    if learner.critic is not None:
+        value = learner.accelerate.unwrap_model(learner.critic.module)
+        learning[value] = lambda count: state_values(value, batch(count)).sum()
+    cache = plan.cache_of(policy.model, ROWS, len(whole[0]))
+    return plan.plan(
+        learning, len(whole[0]), learner.memory.tokens, (reference, reward), cache, learner.accelerate.num_processes
+    )
+
+
+def value_network(reward: Scorer) -> Scorer:
+    """What PPO's value network starts from: the reward model, with weights of its own wherever it learns."""
+    if adapters.attached(reward.model):
+        return Scorer(adapters.twin(reward.model))
+    return Scorer(copy.deepcopy(reward.model)).float().requires_grad_(True)
 
 
 @torch.no_grad()

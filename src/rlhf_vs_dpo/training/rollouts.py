@@ -131,7 +131,22 @@ def rollout(
         "tokens_generated": count,
         "tokens_read": float(accelerate.reduce(torch.tensor(float(read), device=device))),
     }
-    return episodes, metrics
+    return episodes, metrics | sampler_gap(accelerate, drawn.logp, flat["logp"])
+
+
+def sampler_gap(accelerate, sampled: Sequence[list[float]], trained: Tensor) -> dict[str, float]:
+    """How far log pi of sampled tokens, as the sampler had it, lies from that of the training forward pass (N,): mean and largest.
+
+    Nothing where the policy itself is the sampler. Old log-probabilities are those of the training pass, so that ratios are right; what
+    the sampler's rounding leaves is a bias of the samples.
+    """
+    if not sampled:
+        return {}
+    gap = (torch.tensor([value for row in sampled for value in row], device=trained.device) - trained).abs().double()
+    total, count = accelerate.reduce(
+        torch.stack([gap.sum(), torch.tensor(float(len(gap)), device=gap.device).double()])
+    )
+    return {"sampler_gap": float(total / count), "sampler_gap_largest": float(accelerate.gather(gap.max()[None]).max())}
 
 
 def moments(accelerate, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
 from rlhf_vs_dpo.losses.sft import nll
 from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, Values
 from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.training import plan as memory_plan
 from rlhf_vs_dpo.training.optimise import Averages, Log, Memory, Optimiser, accelerator, check_finite
 
 POINTS = 200  # of a training curve
@@ -65,8 +66,15 @@ def fit(
     """
     accelerate = accelerator()
     optimiser = Optimiser(accelerate, network, settings)
-    memory = Memory(network.budget, accelerate)
     plan = batches(work.lengths, settings.batch, settings.steps, np.random.default_rng(seed)) if settings.steps else []
+    memory = Memory(network.budget, accelerate)
+    if settings.steps:
+        longest = np.argsort(work.lengths, kind="stable")[::-1].tolist()
+        learning = {network: lambda count: loss(network, longest[:count])[0]}
+        planned = memory_plan.plan(
+            learning, work.lengths[longest[0]], memory.tokens, processes=accelerate.num_processes
+        )
+        memory.tokens = memory_plan.check(planned, memory.tokens, accelerate, what)
     every = max(1, settings.steps // POINTS)
     averages, at = Averages(), Values(step=0)
     with (

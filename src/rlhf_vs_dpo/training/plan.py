@@ -1,0 +1,164 @@
+"""What a run will hold in a device's memory, counted before it starts: one that cannot fit is refused at once.
+
+Weights, gradients and AdamW's moments are counted. What a token leaves behind for the backward pass is measured in one forward pass of
+the longest example: no formula knows all models.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf_vs_dpo.errors import OutOfMemory
+from rlhf_vs_dpo.language.models import autocast
+
+LAYER = 1.4  # what a layer holds that computes its activations again: they, and gradients of some of them
+SAID_FROM = 0.1  # of the device's memory: a plan of less is not worth a line
+
+
+class Plan(NamedTuple):
+    """Bytes on one device.
+
+    weights      of all networks that are held, each once
+    gradients    of what learns
+    optimiser    AdamW's two moments of what learns
+    activations  what the largest micro-batch keeps for the backward pass
+    cache        keys and values, while responses are sampled
+    smallest     activations of the longest example alone: a micro-batch cannot be less
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    cache: int
+    smallest: int
+
+    @property
+    def always(self) -> int:
+        """Held from the first step to the last."""
+        return self.weights + self.gradients + self.optimiser
+
+    @property
+    def total(self) -> int:
+        """At the worst moment: sampling and backward passes take turns."""
+        return self.always + max(self.activations, self.cache)
+
+    def __str__(self) -> str:
+        parts = {name: value for name, value in self._asdict().items() if value and name != "smallest"}
+        return ", ".join(f"{name} {readable(value)}" for name, value in parts.items())
+
+
+def readable(size: float) -> str:
+    """Bytes as a person reads them, in powers of 1024."""
+    unit = 0
+    while size >= 1024 and unit < 4:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def plan(
+    learning: Mapping[nn.Module, Callable[[int], Tensor]],
+    longest: int,
+    tokens: int,
+    held: Iterable[nn.Module] = (),
+    cache: int = 0,
+    processes: int = 1,
+) -> Plan:
+    """Count and measure.
+
+    learning    networks that learn, one after another, with the loss of their 1 or 2 longest examples, of `longest` padded tokens
+    tokens      padded tokens of a micro-batch
+    held        the other networks on the device, which may share weights with those that learn
+    cache       bytes of keys and values
+    processes   that share the work: DistributedDataParallel holds every gradient twice
+    """
+    weights = {p.data_ptr(): p.nbytes for network in (*learning, *held) for p in network.parameters()}
+    learned = sum(p.nbytes for network in learning for p in network.parameters() if p.requires_grad)
+    measured = [_at_worst(network, loss, weights.keys()) for network, loss in learning.items()]
+    rows = max(1, tokens // longest)
+    return Plan(
+        sum(weights.values()),
+        learned * (2 if processes > 1 else 1),
+        2 * learned,
+        max(first + (rows - 1) * more for first, more in measured),
+        cache,
+        max(first for first, _ in measured),
+    )
+
+
+def _at_worst(network: nn.Module, loss: Callable[[int], Tensor], weights: Collection[int]) -> tuple[int, int]:
+    """Bytes of activations at the worst moment: of one example, and how many more of each other one.
+
+    Where layers compute theirs again, that of one layer are there besides what is kept, and their gradients.
+    """
+    device = next(network.parameters()).device
+    again = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
+    sizes = [kept(partial(loss, count), device, weights) for count in (1, 2)]
+    if again:
+        for layer in again:
+            layer.gradient_checkpointing = False
+        whole = [kept(partial(loss, count), device, weights) for count in (1, 2)]
+        for layer in again:
+            layer.gradient_checkpointing = True
+        sizes = [size + round(LAYER * (all_ - size) / len(again)) for size, all_ in zip(sizes, whole, strict=True)]
+    return sizes[0], sizes[1] - sizes[0]
+
+
+def kept(forward: Callable[[], Tensor], device: torch.device, weights: Collection[int] = ()) -> int:
+    """Bytes that a forward pass in the precision of training keeps for its backward pass, apart from `weights` (where they lie)."""
+    sizes: dict[int, int] = {}
+    held: list[Tensor] = []  # until all are counted: a place that is given back would be given to another tensor
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), autocast(device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+def cache_of(model: nn.Module, rows: int, length: int) -> int:
+    """Bytes of the keys and values of `rows` texts of `length` tokens while they are sampled."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 if next(model.parameters()).device.type == "cuda" else 4
+    return 2 * rows * length * config.num_hidden_layers * heads * width * size
+
+
+def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int:
+    """Say what is planned where it is a good part of the device's memory; returns tokens of a micro-batch that fit a GPU.
+
+    On a CPU they stay as they are: what fits there depends on what else runs, and the order of sums on them. Raises OutOfMemory, with
+    what to change, where even the longest example alone does not fit.
+    """
+    room = _room(accelerate.device, planned)
+    least = planned.always + max(planned.smallest, planned.cache)
+    if least > room:
+        raise OutOfMemory(
+            f"{what} needs {readable(least)} for one example at a time, and this device has {readable(room)} ({planned}). In params.yaml, "
+            "set `memory.gradient_checkpointing: true`, train an `adapter`, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens`; "
+            "or take a smaller model, or a device with more memory"
+        )
+    if accelerate.is_main_process and planned.total > SAID_FROM * room:
+        print(f"{what}, memory: {planned}; {readable(planned.total)} of {readable(room)} at once", file=sys.stderr)
+    if accelerate.device.type == "cuda" and planned.activations > room - planned.always:
+        return max(1, int(tokens * (room - planned.always) / planned.activations))
+    return tokens
+
+
+def _room(device: torch.device, planned: Plan) -> int:
+    """Bytes of the device that are free, the weights that lie there already included."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    return int(psutil.virtual_memory().available) + planned.weights
