@@ -6,6 +6,7 @@ import torch
 from conftest import small_model
 
 from rlhf_vs_dpo.errors import DataError, ModelError
+from rlhf_vs_dpo.language import continuation
 from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.generation import generate, inverse_cdf, stream
 from rlhf_vs_dpo.language.logprobs import Policy
@@ -136,3 +137,21 @@ def test_any_other_model_samples_too(tokenizer):
     policy = Policy(GPT2LMHeadModel(config).eval(), 1.0)
     alone, together = draw(policy, tokenizer, rows=1), draw(policy, tokenizer, rows=256)
     assert alone[:2] == together[:2] and len({tuple(tokens.response) for tokens in alone.tokens}) > 20
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_steps_of_one_shape_say_the_same(model, tokenizer, temperature, monkeypatch):
+    """As a GPU runs them: over all of the room, whatever of it is filled."""
+    prompts = Prompts([[1, 5], [1, 6, 7, 8], [1, 9, 4], [1, 5]] * 16, [f"p{i}" for i in range(64)])
+    policy = Policy(model, temperature)
+    expected = generate(policy, prompts, list(range(64)), 20, 0)
+    steps = []
+
+    class Counted(continuation.InOneGraph):
+        def step(self, tokens):
+            steps.append(len(tokens))
+            super().step(tokens)
+
+    monkeypatch.setattr(continuation, "OfLlama", Counted)
+    assert generate(policy, prompts, list(range(64)), 20, 0) == expected
+    assert len(steps) > 5 and min(steps) < 64  # rows that had ended were cleared

@@ -35,3 +35,42 @@ def test_simpo_runs(tokenizer, examples):
         policy, halves(examples), None, variant("simpo"), 1, 0, Record(NoWatch(), lambda m, s: rows.append(m), "x")
     )
     assert math.isfinite(rows[0]["loss"])
+
+
+def test_a_step_as_one_graph_says_what_steps_say_one_by_one(tokenizer, monkeypatch):
+    from rlhf_vs_dpo.language import continuation
+    from rlhf_vs_dpo.language.generation import generate
+
+    policy = Policy(small_model(tokenizer).cuda(), 1.0)
+    prompts = Prompts([[1, 5], [1, 6, 7, 8], [1, 9, 4], [1, 5]] * 16, [f"p{i}" for i in range(64)])
+    ours = generate(policy, prompts, list(range(64)), 20, 0)
+    monkeypatch.setattr(continuation, "InOneGraph", continuation.OfLlama)
+    theirs = generate(policy, prompts, list(range(64)), 20, 0)
+    same = sum(a.response == b.response for a, b in zip(ours.tokens, theirs.tokens, strict=True))
+    assert same > 0.8 * 64  # in bf16 a sum over another shape may round otherwise
+
+
+def test_a_plan_of_memory_is_what_the_device_then_holds(tokenizer):
+    from rlhf_vs_dpo.config import Scratch, Training
+    from rlhf_vs_dpo.language import models
+    from rlhf_vs_dpo.language.text import Tokens, collate
+    from rlhf_vs_dpo.training import plan
+    from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
+
+    size = Scratch(layers=4, width=512, heads=8, feed_forward=1408, context=256, bpe_vocabulary=300)
+    policy = Policy(models.from_scratch(size, tokenizer).cuda(), 1.0)
+    texts = [Tokens([1, 5, 6, 7 + i], [8] * 251 + [2]) for i in range(8)]
+
+    def loss(count):
+        return -policy(collate(texts[:count], policy.pad).to("cuda")).sums().sum()
+
+    planned = plan.plan({policy: loss}, 256, 8 * 256)
+    settings = Training(
+        steps=2, batch=8, learning_rate=1e-3, schedule="constant", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0, adam_epsilon=1e-8
+    )  # fmt: skip
+    optimiser = Optimiser(accelerator(), policy, settings)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        value = optimiser.accumulate([8], lambda count: loss(count), 8)
+        optimiser.step(value, ["all"])
+    assert torch.cuda.max_memory_allocated() == pytest.approx(planned.total, rel=0.2)

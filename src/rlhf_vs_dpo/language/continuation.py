@@ -1,7 +1,8 @@
 """Prompts read once, and then token after token: logits of what comes next, from a cache of keys and values.
 
-Two ways to one interface: a Llama by hand, its cache written in place and the last layer read at the last token of a prompt only; any other
-model as it comes. `logits` are those of the next token of each row; rows are prompts first, then whatever `select` makes of them.
+Three ways to one interface: a Llama by hand, its cache written in place and the last layer read at the last token of a prompt only; the same
+on a GPU, a step as one CUDA graph; any other model as it comes. `logits` are those of the next token of each row; rows are prompts first, then
+whatever `select` makes of them. What else can sample (a server) has the same three: `logits`, `step`, `select`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from rlhf_vs_dpo.language.llama import Rows, attend, heads, is_llama, rest, turn
 
 def continuation(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, pad: int) -> "OfLlama | AsItComes":
     """Read prompts (token ids, none empty), each of which gets `most` tokens at the most."""
-    return OfLlama(model, prompts, most) if is_llama(model.base_model) else AsItComes(model, prompts, pad)
+    if not is_llama(model.base_model):
+        return AsItComes(model, prompts, pad)
+    by_hand = InOneGraph if next(model.parameters()).device.type == "cuda" else OfLlama
+    return by_hand(model, prompts, most)
 
 
 class OfLlama:
@@ -84,6 +88,71 @@ class OfLlama:
         """Go on with these rows, (n,) int64, some of them several times or not at all."""
         self.place, self.logits = self.place[rows], self.logits[rows]
         self.cache = [tuple(of.index_select(0, rows) for of in layer) for layer in self.cache]
+
+
+class InOneGraph(OfLlama):
+    """`OfLlama` with steps of one shape: over all of the room, whatever is filled of it, so that a CUDA graph can hold a step.
+
+    A step of a small model is a few hundred operations, and a GPU waits for each to be started; a graph starts them all at once. Where there
+    is no GPU the same operations run one by one.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], most: int):
+        super().__init__(model, prompts, most)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.said = torch.zeros(0, dtype=torch.int64)  # tokens of a step, where the graph reads them
+
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to each row, (rows,) int64."""
+        if tokens.device.type != "cuda":
+            self.said = tokens
+            self._advance()
+            return
+        if self.graph is None:
+            self._record(tokens)
+        self.said.copy_(tokens)
+        assert self.graph is not None
+        self.graph.replay()
+
+    def _advance(self) -> None:
+        """One step from `said`, written over `place` and `logits`."""
+        self.place.add_(1)
+        seen = torch.arange(self.room, device=self.place.device) <= self.place[:, None]
+        number = torch.arange(len(self.place), device=self.place.device)
+        flat = self.body.embed_tokens(self.said)
+        turn = turns(self.body, flat, self.place)
+        top = self.body.layers[-1]
+        for layer, (keys, values) in zip(self.body.layers, self.cache, strict=True):
+            queries, key, value = heads(layer, flat, turn, "qkv")
+            keys[number, self.place], values[number, self.place] = key.to(keys.dtype), value.to(values.dtype)
+            last = flat, queries, keys.transpose(1, 2), values.transpose(1, 2), seen
+            if layer is top:
+                self.logits.copy_(self._logits(top, *last))
+            else:
+                flat = self._after(layer, *last)
+
+    def _record(self, tokens: Tensor) -> None:
+        """Record a step of this many rows; what the trial runs write is put back."""
+        self.said, self.place, self.logits = tokens.clone(), self.place.clone(), self.logits.clone()
+        place, logits = self.place.clone(), self.logits.clone()
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # libraries allocate what they need before anything is recorded
+            for _ in range(2):
+                self.place.copy_(place)
+                self._advance()
+        torch.cuda.current_stream().wait_stream(beside)
+        self.place.copy_(place)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._advance()
+        self.place.copy_(place)
+        self.logits.copy_(logits)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, (n,) int64; their number is another one, and so is the graph."""
+        super().select(rows)
+        self.graph = None
 
 
 class AsItComes:
