@@ -170,18 +170,17 @@ def test_twenty_times_kill_9(made, stage, processes):
         rng = np.random.default_rng(len(stage) + processes)
         remove(made, stage)
         kills = 0
-        for _ in range(20):
+        while kills < 20:
             process, known = attempt(made, stage, processes), written(made, stage)
             while written(made, stage) <= known and not ended(process, 0.005):
                 pass
-            if ended(process, float(rng.exponential(0.5))):  # it was faster: from the start again
+            if ended(process, float(rng.exponential(0.1))):  # it was faster: from the start again
                 assert outputs(made, stage) == whole
                 remove(made, stage)
             else:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join() if processes == 1 else process.wait()
                 kills += 1
-        assert kills >= 10
         assert ended(attempt(made, stage, processes), 600)
         assert outputs(made, stage) == whole and not folder_of(made, stage).exists()
         assert {run.info.status for run in runs(made, stage, "killed.db")} == {"FINISHED"}
