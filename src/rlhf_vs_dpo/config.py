@@ -434,7 +434,13 @@ class LanguageModelJudge(Section):
         return self
 
 
-AnyJudge = Annotated[GoldJudge | RewardModelJudge | LanguageModelJudge, Field(discriminator="kind")]
+class LexiconJudge(Section):
+    """VADER, a lexicon of sentiment: an outsider where the task is to write what is positive."""
+
+    kind: Literal["vader"]
+
+
+AnyJudge = Annotated[GoldJudge | RewardModelJudge | LanguageModelJudge | LexiconJudge, Field(discriminator="kind")]
 
 
 class Judging(Section):

@@ -1,6 +1,7 @@
 """Judges behind one interface; the language model is a stand-in here, a real one is asked in tests/test_real.py."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -269,3 +270,20 @@ def test_a_text_that_looks_like_a_place_is_left_alone(tmp_path):
         judges.load(settings(server.endpoint), tmp_path, tmp_path / "c", 0).compare(asked)
         assert server.asked[0]["messages"][0]["content"].startswith("Post: see {first}\nSummary ")
         assert "{second}" in server.asked[0]["messages"][0]["content"]
+
+
+def test_a_lexicon_is_an_outsider(tmp_path, monkeypatch):
+    asked = pd.DataFrame(
+        {
+            "prompt_id": ["p", "q", "r"], "prompt": ["The film was", "It is", "A plot"],
+            "a": [" wonderful, I loved it.", " a table.", " that is awful and boring."],
+            "b": [" terrible, I hated it.", " a table.", " that is great fun!"],
+        }
+    )  # fmt: skip
+    said = pytest.importorskip("vaderSentiment")
+    assert said is not None
+    found = judges.load(config.LexiconJudge(kind="vader"), tmp_path, tmp_path / "c.jsonl", 0).compare(asked)
+    assert list(found["win"]) == [1.0, 0.5, 0.0] and found["consistent"].isna().all()
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(JudgeError, match=r"pip install -e '\.\[real\]'"):
+        judges.load(config.LexiconJudge(kind="vader"), tmp_path, tmp_path / "c.jsonl", 0)

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from rlhf_vs_dpo.config import GoldJudge, LanguageModelJudge, RewardModelJudge
+from rlhf_vs_dpo.config import GoldJudge, LanguageModelJudge, LexiconJudge, RewardModelJudge
 from rlhf_vs_dpo.errors import DataError, JudgeError, ModelError
 from rlhf_vs_dpo.preferences import gold
 from rlhf_vs_dpo.run.progress import bar
@@ -59,6 +59,8 @@ def load(
         case RewardModelJudge():
             of_line = settings.model_copy(update={"model": settings.model.replace("{seed}", str(seed))})
             return ByRewardModel(of_line, done)
+        case LexiconJudge():
+            return ByLexicon()
         case LanguageModelJudge():
             return ByLanguageModel(settings, cache)
 
@@ -78,6 +80,27 @@ class ByGold:
     def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
         sides = [gold.columns(self.judge, asked["prompt"], asked["facts"], asked[side])["gold"] for side in ("a", "b")]
         return by_score(*(side.to_numpy() for side in sides))
+
+
+class ByLexicon:
+    """VADER (Hutto and Gilbert 2014): how positive a text is, by a lexicon that people rated and rules for what stands around a word.
+
+    It has learned nothing from the reviews that the gold reward was trained on.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError:
+            raise JudgeError("the judge `vader` needs the package vaderSentiment: `pip install -e '.[real]'`") from None
+        self.analyser = SentimentIntensityAnalyzer()
+
+    def compare(self, asked: pd.DataFrame) -> pd.DataFrame:
+        def scores(side: str) -> np.ndarray:
+            texts = asked["prompt"] + asked[side]
+            return np.array([self.analyser.polarity_scores(text)["compound"] for text in texts])
+
+        return by_score(scores("a"), scores("b"))
 
 
 class ByRewardModel:

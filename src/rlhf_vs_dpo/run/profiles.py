@@ -20,13 +20,13 @@ from rlhf_vs_dpo.errors import ParamsError, UserError
 def overlay(params: Any, profile: dict[str, Any], place: str, key: str = "") -> None:
     """Lay `profile` over `params` in place; a list replaces a list. Raises ParamsError for a key that is not there.
 
-    A method's own entry (`preference.dpo_b05`) may be new, and may hold any key that its defaults or its loss know:
+    A method's own entry (`preference.dpo_b05`) may be new, as a judge may, and may hold any key that its defaults or its loss know:
     what it holds is validated afterwards.
     """
     for name, value in profile.items():
         dotted = f"{key}.{name}" if key else name
         method = key in config.FAMILIES or (key.rpartition(".")[0] in config.FAMILIES and not key.endswith(".defaults"))
-        if name not in params and not method:
+        if name not in params and not method and not key.startswith("judging.judges"):
             raise ParamsError(
                 f"{place}: unknown key `{dotted}`; params.yaml has {', '.join(params) or 'nothing'} there"
             )
