@@ -1,18 +1,20 @@
 """Bad input by property: whatever is broken in params.yaml or in a table, one short error names the file and the place.
 
-`RLHF_CASES=500 pytest tests/test_bad_input.py` tries more of them.
+`RLHF_CASES=500 pytest tests/test_bad_input.py --hypothesis-show-statistics` tries more of them, and says how each kind ended.
 """
 
 import copy
 import io
 import os
+import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from project import command, inside
 from ruamel.yaml import YAML
@@ -97,6 +99,7 @@ def test_a_params_yaml_with_any_leaf_broken_is_refused_in_few_words_or_is_right(
     out = tmp_path / "checked.txt"
     out.unlink(missing_ok=True)
     status, said = checked(tmp_path, written)
+    event(f"params.yaml, {how}: {'a right one' if status == 0 else 'refused'}")
     if status == 0:
         assert how in ("replace", "remove", "misspell") and out.exists()
         config.check(config.read_params(tmp_path / "params.yaml"))
@@ -169,7 +172,8 @@ def test_a_table_with_anything_broken_is_refused_by_name_or_keeps_its_contract(t
             table[column] = table[column].astype(str)
     try:
         table.to_parquet(path, index=False)
-    except Exception:  # parquet itself cannot hold it
+    except Exception:
+        event(f"table, {how}: parquet itself cannot hold it")
         return
     whole = path.read_bytes()
     if how == "cut":
@@ -180,10 +184,81 @@ def test_a_table_with_anything_broken_is_refused_by_name_or_keeps_its_contract(t
     try:
         read = tables.read_table(path, contract)
     except UserError as error:
+        event(f"table, {how}: refused")
         said = str(error)
         assert isinstance(error, DataError) and str(path) in said and len(said.splitlines()) < 25, said
         if how in ("cell", "column", "type"):
             assert repr(column) in said or column in said, said
     else:
+        event(f"table, {how}: keeps its contract")
         tables.validate(read, contract, "again")
         assert how != "column"
+
+
+# ---- folders of models -----------------------------------------------------------------------------------------------
+
+FOLDERS = ("policy", "adapters", "reward")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A policy, one of adapters on it, and a reward model; and the same of other shapes, to swap files with."""
+    from rlhf_vs_dpo.config import Adapter, Scratch
+    from rlhf_vs_dpo.language import heads, models, text
+
+    place = tmp_path_factory.mktemp("models")
+    for name, width, words in (("ours", 32, ["a", "b", "c"]), ("theirs", 48, ["a", "b", "c", "d", "e"])):
+        torch.manual_seed(0)
+        tokenizer, base = text.word_tokenizer(words), place / name / "base"
+        size = Scratch(layers=1, width=width, heads=2, feed_forward=48, context=32, bpe_vocabulary=300)
+        models.save(models.from_scratch(size, tokenizer), tokenizer, base)
+        shutil.copytree(base, place / name / "policy")
+        adapted, _ = models.load_learner(base, Adapter(rank=2, alpha=2.0, targets="all", merge=False))
+        models.save(adapted, tokenizer, place / name / "adapters", base)
+        models.save(heads.scorer_from_policy(base)[0].model, tokenizer, place / name / "reward")
+    return place
+
+
+@CASES
+@given(
+    which=st.sampled_from(FOLDERS),
+    how=st.sampled_from(["cut", "flip", "swap", "empty", "gone"]),
+    draw=st.randoms(use_true_random=False),
+)
+def test_a_model_folder_with_any_file_broken_is_refused_by_name_or_can_be_used(folders, tmp_path, which, how, draw):
+    from rlhf_vs_dpo.language import heads, models
+    from rlhf_vs_dpo.language.forward import log_likelihoods, scores
+    from rlhf_vs_dpo.language.logprobs import Policy
+    from rlhf_vs_dpo.language.text import Tokens
+
+    folder = tmp_path / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(folders / "ours" / which, folder)
+    path = draw.choice(sorted(folder.iterdir()))
+    whole = path.read_bytes()
+    match how:
+        case "cut":
+            path.write_bytes(whole[: draw.randrange(len(whole))])
+        case "flip":
+            place = draw.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        case "swap":
+            shutil.copy2(folders / "theirs" / which / path.name, path)
+        case "empty":
+            path.write_bytes(b"")
+        case "gone":
+            path.unlink()
+    texts = [Tokens([1, 4], [5, 6, 2])]
+    try:
+        if which == "reward":
+            found = scores(heads.load_scorer(folder), texts)
+        else:
+            found = log_likelihoods(Policy(models.load_policy(folder)[0], 1.0), texts)
+    except UserError as error:
+        event(f"{which}, {how}: refused")
+        said = str(error)
+        assert str(folder) in said and len(said.splitlines()) < 20, said
+    else:
+        event(f"{which}, {how}: can be used")
+        assert all(map(np.isfinite, found)) or how == "flip"
+        assert path.name not in ("model.safetensors", "adapter_model.safetensors") or how == "flip", path.name

@@ -178,3 +178,26 @@ def test_published_forms_go_through_the_whole_graph(form, tmp_path):
     assert len(pairs) + len(left) == 100
     ties = left["reason"].str.contains("tie").sum()
     assert ties == (form != "hh-rlhf")
+
+
+@pytest.mark.slow
+def test_adapters_go_through_the_whole_graph(tmp_path):
+    """Every family learns adapters on one SFT policy, which is whole; every stage that reads a policy reads them."""
+    folder = copy_project(tmp_path / "project", "smoke")
+    change(folder, "adapter", {"rank": 4, "alpha": 8.0, "targets": "all", "merge": False})
+    change(folder, "memory.gradient_checkpointing", True)
+    imitation = ["chosen_sft", "control_tokens", "expert_iteration"]
+    change(folder, "policies", {"rl": ["rloo", "trpo", "ppo_ptx"], "preference": ["dpo", "dpo_online"], "imitation": imitation, "best_of_n": [2]})  # fmt: skip
+    reproduce(folder)
+    whole = (folder / "models" / "sft-0" / "model.safetensors").stat().st_size
+    for method in ("rloo", "trpo", "ppo_ptx", "dpo", "dpo_online", "chosen_sft", "expert_iteration", "reward"):
+        place = folder / "models" / f"{method}-0"
+        assert not (place / "model.safetensors").exists()
+        assert (place / "adapter_model.safetensors").stat().st_size < whole / 2
+        assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == "models/sft-0"
+    assert (folder / "models" / "control_tokens-0" / "model.safetensors").exists()
+    found = results(folder)["methods"]
+    assert set(found) > {"sft", "rloo", "trpo", "ppo_ptx", "dpo", "dpo_online", "control_tokens [BAD]", "best_of_2"}
+    assert all(entry["kl"]["mean"] is not None for entry in found.values())
+    costs = json.loads((folder / "runs" / "dpo-0.json").read_text())
+    assert 0 < costs["frozen"] < costs["parameters"]

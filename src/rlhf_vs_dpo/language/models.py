@@ -324,9 +324,14 @@ def _on_base(folder: Path, base: Path, kind: str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise _unloadable(str(folder), kind, error) from error
-    model, _ = load(str(base), kind, {"config": config}, new_head=True)
-    if kind == "AutoModelForCausalLM":
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    try:
+        model, _ = load(str(base), kind, {"config": config}, new_head=True)
+        if kind == "AutoModelForCausalLM":
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except (ModelError, OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: does not go with {base}, which its adapters stand on; remove it and run `dvc repro`\n  {str(error)[:400]}"
+        ) from error
     return adapters.restore(model, folder), tokenizer
 
 
