@@ -300,9 +300,10 @@ def test_mlflow_has_a_row_for_each_policy_and_the_stages_apart(smoke):
         "cost/peak_memory_mib",
         "validation/preferred",
     } <= dpo.data.metrics.keys()
-    beta = str(config.read_params(smoke / "params.yaml")["preference"]["dpo"]["beta"])
+    given = config.read_params(smoke / "params.yaml")["preference"]
+    beta = str(given["dpo"]["beta"])
     assert dpo.data.params["preference.dpo.beta"] == beta == dpo.data.params["method.beta"]
-    assert dpo.data.params["method.learning_rate"] == "0.0001"  # defaults included
+    assert dpo.data.params["method.batch"] == str(given["defaults"]["batch"])  # defaults included
     tags = {"family": "preference", "method": "dpo", "seed": "0", "dvc.stage": "preference@dpo-0", "profile": "smoke"}
     assert tags.items() <= dpo.data.tags.items()
     # The same names for all; the DPO family are reward models besides.
