@@ -172,7 +172,7 @@ def test_published_forms_go_through_the_whole_graph(form, tmp_path):
     change(folder, "evaluate.preferred_by", "rm")
     reproduce(folder)
     assert set(results(folder)["methods"]) == {"sft", "ppo", "dpo", "best_of_n", "best_of_2"}
-    pairs = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs")
+    pairs = tables.read_table(folder / "data" / "dataset_pairs.parquet", "pairs")
     assert pairs["chosen"].str.contains("of course").all() and pairs["rejected"].str.contains("do not know").all()
     left = pd.read_csv(folder / "data" / "unusable.csv")
     assert len(pairs) + len(left) == 100
