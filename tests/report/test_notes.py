@@ -1,18 +1,20 @@
-"""docs/notes.md says what the committed results say. `python tests/report/test_notes.py` writes the numbers anew."""
+"""docs/notes.md, README and docs/results say what the results say. `python tests/report/test_notes.py` writes the numbers anew."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "notes.md"
+PAGES = [ROOT / "docs" / "notes.md", ROOT / "README.md", ROOT / "docs" / "results" / "five-lines" / "README.md"]
+FILES = {"study": "tuning/study.json", "lines": "docs/results/five-lines/results.json"}  # others are of the default run
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)<!--(\S+): (.+?)-->")
 
 
 def value(file: str, key: str) -> float:
-    """`theory: identities/…`, `policies/ppo: gold`, `study: methods/ppo/collapsed`: a number of a file of results."""
-    place = "tuning/study.json" if file == "study" else f"metrics/{file}.json"
-    found = json.loads((ROOT / place).read_text())
+    """`theory: identities/…`, `policies/ppo: gold`, `study: methods/ppo/collapsed`, `lines: methods/ppo/gold/mean`: a number of a file."""
+    found = json.loads((ROOT / FILES.get(file, f"metrics/{file}.json")).read_text())
     while key:
         names = [str(number) for number in range(len(found))] if isinstance(found, list) else found
         first = next(name for name in names if f"{key}/".startswith(f"{name}/"))  # a name may hold slashes itself
@@ -32,15 +34,18 @@ def refreshed(page: str) -> str:
     return NUMBER.sub(number, page)
 
 
-def test_every_number_of_the_notes_is_that_of_the_results():
-    page = PAGE.read_text()
-    assert len(NUMBER.findall(page)) == page.count("<!--") > 60
+@pytest.mark.parametrize(
+    ("place", "least"), list(zip(PAGES, (60, 12, 20), strict=True)), ids=["notes", "readme", "lines"]
+)
+def test_every_number_is_that_of_the_results(place, least):
+    page = place.read_text()
+    assert len(NUMBER.findall(page)) == page.count("<!--") > least
     for ours, theirs in zip(page.splitlines(), refreshed(page).splitlines(), strict=True):
         assert ours == theirs
 
 
 def test_every_section_of_both_notes_is_there():
-    page = PAGE.read_text()
+    page = PAGES[0].read_text()
     for section in ("5.0", "5.1", "5.2", "6.0", "6.1", "6.2", "6.3", "6.4"):
         assert re.search(rf"^## .*{re.escape(section)}", page, re.M), section
     for heading in (
@@ -57,4 +62,5 @@ def test_every_section_of_both_notes_is_there():
 
 
 if __name__ == "__main__":
-    PAGE.write_text(refreshed(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text()))

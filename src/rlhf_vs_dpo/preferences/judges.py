@@ -111,7 +111,7 @@ class ByRewardModel:
     """
 
     def __init__(self, settings: RewardModelJudge, done: Callable[[str], list] = lambda what: []):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         from rlhf_vs_dpo.language.heads import load_scorer
         from rlhf_vs_dpo.language.models import device, quiet
@@ -120,6 +120,9 @@ class ByRewardModel:
         where = {"revision": settings.revision} if settings.revision else {}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model, **where)
+            if getattr(AutoConfig.from_pretrained(settings.model, **where), "reward_shift", None) is not None:
+                self.own = load_scorer(Path(settings.model))
+                return
             model = AutoModelForSequenceClassification.from_pretrained(settings.model, **where)
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -136,8 +139,6 @@ class ByRewardModel:
             self.tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             self.model.resize_token_embeddings(len(self.tokenizer))
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        if getattr(model.config, "reward_shift", None) is not None:
-            self.own = load_scorer(Path(settings.model))
 
     def scores(self, prompts: list[str], responses: list[str], what: str) -> np.ndarray:
         """A score for each response, float32. Raises DataError where a prompt and a response do not fit the model."""
