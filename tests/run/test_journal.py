@@ -271,3 +271,30 @@ def test_a_run_that_goes_on_has_each_step_once_whatever_was_left_unsent(here):
     machine = MlflowClient(tracking_uri=f"sqlite:///{here}/mlflow.db").get_metric_history(run.info.run_id, "system/cpu")
     assert [(point.step, point.value) for point in machine] == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)]
     assert not list(journal.folder().glob("*.jsonl"))
+
+
+def test_an_attempt_waits_for_the_one_before_that_is_still_making_the_run(here):
+    """It was killed as soon as it had begun, and the process that tells MLflow is slow: one run all the same."""
+    store.experiment(store.STAGES)
+    first = Journal("a")
+    sender = Sender(first, print)
+    made = threading.Event()
+
+    def slow() -> None:
+        made.wait(20)
+        say(sender, BEGIN | {"journals": ["a"]}, *steps(4))
+        sender.flush()
+        first.close()
+
+    def again() -> None:
+        say(Sender(Journal("b"), print), BEGIN | {"journals": ["a", "b"]}, *steps(12)[2:], {"end": "FINISHED"})
+
+    threads = [threading.Thread(target=of) for of in (slow, again)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    made.set()
+    for thread in threads:
+        thread.join()
+    (run,), history = stored(here)
+    assert history == whole(12) and run.info.status == "FINISHED" and run.data.tags["attempts"] == "2"

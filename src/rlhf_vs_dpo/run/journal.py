@@ -113,6 +113,17 @@ def folder() -> Path:
     return root() / ".dvc" / "tmp" / "rlhf" / "mlflow"
 
 
+def _when_nobody_attends(key: str) -> Journal:
+    """The journal of an attempt that was killed, as soon as nobody attends to it any more."""
+    from filelock import Timeout
+
+    while True:
+        try:
+            return Journal(key)
+        except Timeout:
+            time.sleep(0.2)
+
+
 class Sender:
     """Sends the lines of one journal to MLflow.
 
@@ -134,9 +145,15 @@ class Sender:
         """Send one line. Raises what MLflow raises where it answers, and Unanswered where it does not, see `patiently`."""
         if self.run_id is None:
             begun = message if "create" in message else self.journal.lines()[0]
-            self.run_id = self.patiently(lambda: self._run(begun))
-            for key in self._journals(begun)[:-1]:
-                self._take_over(key)
+            # Before all else: whoever still attends to an attempt before may be about to make the run.
+            before = [_when_nobody_attends(key) for key in self._journals(begun)[:-1]]
+            try:
+                self.run_id = self.patiently(lambda: self._run(begun))
+                for attempt in before:
+                    self._take_over(attempt)
+            finally:
+                for attempt in before:
+                    attempt.close()
         self.heard += 1
         self._send(message)
         if "end" in message or len(self.waiting) >= store.BATCH or time.monotonic() - self.flushed > FLUSH_SECONDS:
@@ -161,16 +178,8 @@ class Sender:
         """Keys of the journals of a run: those of attempts that were killed, and the one of this sender."""
         return begun.get("journals") or [self.journal.key]
 
-    def _take_over(self, key: str) -> None:
-        """Send what the journal of an attempt that was killed still holds, when nobody attends to it any more."""
-        from filelock import Timeout
-
-        while True:
-            try:
-                before = Journal(key)
-                break
-            except Timeout:
-                time.sleep(0.2)
+    def _take_over(self, before: Journal) -> None:
+        """Send what the journal of an attempt that was killed still holds."""
         if before.path.exists():
             for line in before.lines()[before.sent :]:
                 self._send(line)
