@@ -5,6 +5,7 @@ import shutil
 import pytest
 import typer
 from conftest import ROOT
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from rlhf_vs_dpo import config
@@ -36,6 +37,21 @@ def test_every_profile_applies_and_goes_back(name, params):
     assert "+++ with" in result.output
     assert apply("default", params).exit_code == 0
     assert params.read_text() == default
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_was_tuned_on_the_built_in_world_reaches_no_other(name):
+    """Each method of the default has settings of its own, which win over `defaults`: a profile with a real model says them anew."""
+    profile = YAML(typ="safe").load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    if not profile.get("base", {}).get("pretrained"):
+        return
+    default = config.read_params(ROOT / "profiles" / "default.yaml")
+    listed = profile.get("policies", default["policies"])
+    for family in config.FAMILIES:
+        for method in listed[family]:
+            said = (profile.get(family) or {}).get(method) or {}
+            lost = default["tuning"]["spaces"][method].keys() - said.keys()
+            assert not lost, f"{name}: {family}.{method} has {sorted(lost)} of the built-in world"
 
 
 @pytest.mark.parametrize("name", PROFILES)
