@@ -1,4 +1,4 @@
-"""The questions that were planned before any result (`evaluate.questions`), and how surely each is answered.
+"""The questions that were planned (`evaluate.questions`) before the lines that answer them were run, and how surely each is answered.
 
 A question is a pair of rows: is there a difference between them on an axis? It is answered from three lines on. Fewer say
 nothing of another run of the pipeline, and a p-value over prompts would be one of these policies, not of their methods. On each axis, p-values

@@ -313,10 +313,10 @@ def questions(found: dict[str, Any]) -> list[Block]:
                 ]  # fmt: skip
         rows.append(row)
     intro = (
-        "These pairs stand in params.yaml (`evaluate.questions`), fixed before any result. Differences are taken within each line and prompt; "
+        "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that answer them were run. Differences are taken within each line and prompt; "
         "p is of Student's t with the bootstrap's standard error over lines and prompts, corrected on each axis by Holm over the questions."
         if answer
-        else "These pairs stand in params.yaml (`evaluate.questions`), fixed before any result; they are answered from three lines on. Here are "
+        else "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that will answer them; they are answered from three lines on. Here are "
         "the differences between these policies, with intervals over prompts."
     )
     return [Text(intro), Table(head, rows, "The planned questions", "questions")]
