@@ -298,3 +298,31 @@ def test_an_attempt_waits_for_the_one_before_that_is_still_making_the_run(here):
         thread.join()
     (run,), history = stored(here)
     assert history == whole(12) and run.info.status == "FINISHED" and run.data.tags["attempts"] == "2"
+
+
+def test_attempts_that_wait_for_one_another_all_come_to_an_end(here):
+    """Three attempts, two of them killed as soon as they had begun: the last is the first that looks."""
+    store.experiment(store.STAGES)
+    senders = {key: Sender(Journal(key), print) for key in "abc"}
+
+    def attempt(key: str, *messages: dict) -> threading.Thread:
+        journals = [of for of in "abc" if of <= key]
+
+        def tell() -> None:
+            say(senders[key], BEGIN | {"journals": journals}, *messages)
+            if not any("end" in message for message in messages):  # killed
+                senders[key].flush()
+                senders[key].journal.close()
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        return thread
+
+    threads = [attempt("c", *steps(12)[4:], {"end": "FINISHED"})]
+    time.sleep(0.5)
+    threads += [attempt("a", *steps(4)), attempt("b", *steps(6)[3:])]
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    (run,), history = stored(here)
+    assert history == whole(12) and run.info.status == "FINISHED" and run.data.tags["attempts"] == "3"

@@ -145,15 +145,13 @@ class Sender:
         """Send one line. Raises what MLflow raises where it answers, and Unanswered where it does not, see `patiently`."""
         if self.run_id is None:
             begun = message if "create" in message else self.journal.lines()[0]
-            # Before all else: whoever still attends to an attempt before may be about to make the run.
-            before = [_when_nobody_attends(key) for key in self._journals(begun)[:-1]]
-            try:
-                self.run_id = self.patiently(lambda: self._run(begun))
-                for attempt in before:
-                    self._take_over(attempt)
-            finally:
-                for attempt in before:
-                    attempt.close()
+            before = self._journals(begun)[:-1]
+            # Whoever still attends to an attempt before may be about to make the run. None is held while another is waited for: they wait, too.
+            for key in before:
+                _when_nobody_attends(key).close()
+            self.run_id = self.patiently(lambda: self._run(begun))
+            for key in before:
+                self._take_over(_when_nobody_attends(key))
         self.heard += 1
         self._send(message)
         if "end" in message or len(self.waiting) >= store.BATCH or time.monotonic() - self.flushed > FLUSH_SECONDS:
