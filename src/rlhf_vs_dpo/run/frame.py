@@ -158,9 +158,8 @@ def stage(
                 print(f"arithmetic: {arithmetic.name()}", file=sys.stderr)
             recorder = Recorder()
             recorder.tell(create=asked or name, tags=tags | _circumstances(), params=params, journals=checkpoint.runs)
-        run = Run(
-            params | {"memory": whole["memory"]}, recorder, checkpoint
-        )  # DVC need not know it: no number depends on it
+        # DVC need not know `memory`: no number depends on it.
+        run = Run(params | {"memory": whole["memory"]}, recorder, checkpoint)
         checkpoint.keep(run=run)
         run.reads(*inputs)
         with checkpoint.listening():
