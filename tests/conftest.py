@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer():
+    """A new one for each test: a test that adds tokens to it changes no other."""
     from rlhf_vs_dpo.language.text import word_tokenizer
 
     return word_tokenizer(WORDS)
