@@ -22,6 +22,15 @@ def continuation(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, 
     return by_hand(model, prompts, most)
 
 
+def cache_of(model: nn.Module, rows: int, length: int) -> int:
+    """Bytes of the keys and values of `rows` texts of `length` tokens."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 if next(model.parameters()).device.type == "cuda" else 4
+    return 2 * rows * length * config.num_hidden_layers * heads * width * size
+
+
 class OfLlama:
     """Keys and values of each layer, (rows, longest prompt + `most`, heads, head width): prompts first, responses right behind them."""
 

@@ -11,16 +11,16 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.continuation import continuation
+from rlhf_vs_dpo.language.continuation import cache_of, continuation
 from rlhf_vs_dpo.language.logprobs import Policy, suppress
 from rlhf_vs_dpo.language.models import autocast, sampler
 from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context
 from rlhf_vs_dpo.run.progress import bar
 
-ROWS = 256  # responses generated together
+ROWS = 256  # responses generated together on a CPU
 
 
 class Responses(NamedTuple):
@@ -46,6 +46,20 @@ def stream(seed: int, name: str, sample: int, length: int) -> np.ndarray:
     )
 
 
+def rows_together(model: nn.Module, length: int) -> int:
+    """How many responses are generated together, each of `length` tokens with its prompt.
+
+    On a GPU as many as a quarter of its memory holds (keys, values, and a distribution in double precision), a power of two from 16 to
+    2,048: of all of its memory, not of what is free, so that a run that goes on finds the batches it left.
+    """
+    if (device := next(model.parameters()).device).type != "cuda":
+        return ROWS
+    words = model.get_input_embeddings().num_embeddings
+    row = cache_of(model, 1, length) + 4 * 8 * words
+    fitting = torch.cuda.get_device_properties(device).total_memory // (4 * row)
+    return min(2048, max(16, 2 ** (int(fitting).bit_length() - 1)))
+
+
 def generate(
     policy: Policy,
     prompts: Prompts,
@@ -53,14 +67,14 @@ def generate(
     max_new_tokens: int,
     seed: int,
     what: str | None = None,
-    rows: int = ROWS,
+    rows: int | None = None,
     done: list[list[list[int]]] | None = None,
 ) -> Responses:
     """Sample one response for each prompt.
 
     The names of the prompts and `samples[i]`, with the seed, key the random stream of response i. `what` names the
-    progress bar (none if it is None). `done` holds the responses of the first batches of `rows`, sampled before; those of the
-    others are appended. Raises DataError where a prompt and a response of `max_new_tokens` do not fit the model's context.
+    progress bar (none if it is None). `rows` are generated together, `rows_together` if it is None; `done` holds the responses of the
+    first such batches, sampled before; those of the others are appended. Raises DataError where a prompt and a response of `max_new_tokens` do not fit the model's context.
     """
     done = [] if done is None else done
     check_context(
@@ -73,6 +87,7 @@ def generate(
     copied = model is not policy.model
     policy, likely = Policy(model, policy.temperature), [[] for _ in prompts.ids]
     device = next(policy.parameters()).device
+    rows = rows or rows_together(model, max(map(len, prompts.ids), default=0) + max_new_tokens)
     read = 0
     with (
         bar(len(prompts.ids), what or "", "response", visible=what is not None) as progress,

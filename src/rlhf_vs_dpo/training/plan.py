@@ -4,6 +4,7 @@ Weights, gradients and AdamW's moments are counted. What a token leaves behind f
 the longest example: no formula knows all models.
 """
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -18,6 +19,8 @@ from rlhf_vs_dpo.errors import OutOfMemory
 from rlhf_vs_dpo.language.models import autocast
 
 LAYER = 1.4  # what a layer holds that computes its activations again: they, and gradients of some of them
+FILLED = 0.7  # of a GPU's free memory with activations: a plan may be a fifth too small
+MOST = 2**17  # tokens of a micro-batch, beyond which a GPU gets no faster
 SAID_FROM = 0.1  # of the device's memory: a plan of less is not worth a line
 
 
@@ -127,20 +130,12 @@ def kept(forward: Callable[[], Tensor], device: torch.device, weights: Collectio
     return sum(size for place, size in sizes.items() if place not in weights)
 
 
-def cache_of(model: nn.Module, rows: int, length: int) -> int:
-    """Bytes of the keys and values of `rows` texts of `length` tokens while they are sampled."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 if next(model.parameters()).device.type == "cuda" else 4
-    return 2 * rows * length * config.num_hidden_layers * heads * width * size
-
-
 def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int:
-    """Say what is planned where it is a good part of the device's memory; returns tokens of a micro-batch that fit a GPU.
+    """Say what is planned where it is a good part of the device's memory; returns tokens of a micro-batch.
 
-    On a CPU they stay as they are: what fits there depends on what else runs, and the order of sums on them. Raises OutOfMemory, with
-    what to change, where even the longest example alone does not fit.
+    On a GPU as many as fill it, and no more than RLHF_MICRO_TOKENS where that is set. On a CPU they stay as they are: what fits there
+    depends on what else runs, and the order of sums on them. Raises OutOfMemory, with what to change, where even the longest example
+    alone does not fit.
     """
     room = _room(accelerate.device, planned)
     least = planned.always + max(planned.smallest, planned.cache)
@@ -150,10 +145,17 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
             "set `memory.gradient_checkpointing: true`, train an `adapter`, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens`; "
             "or take a smaller model, or a device with more memory"
         )
+    if accelerate.device.type == "cuda":
+        fill = FILLED * (room - planned.always) / max(planned.activations, 1)
+        fitting = max(1, min(MOST, int(tokens * fill)))
+        fitting = min(fitting, tokens) if "RLHF_MICRO_TOKENS" in os.environ else fitting
+        planned = planned._replace(activations=max(planned.smallest, round(planned.activations * fitting / tokens)))
+        tokens = fitting
     if accelerate.is_main_process and planned.total > SAID_FROM * room:
-        print(f"{what}, memory: {planned}; {readable(planned.total)} of {readable(room)} at once", file=sys.stderr)
-    if accelerate.device.type == "cuda" and planned.activations > room - planned.always:
-        return max(1, int(tokens * (room - planned.always) / planned.activations))
+        print(
+            f"{what}, memory: {planned}; {readable(planned.total)} of {readable(room)} at once, {tokens:,} tokens in a micro-batch",
+            file=sys.stderr,
+        )
     return tokens
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language import adapters
-from rlhf_vs_dpo.language.generation import ROWS
+from rlhf_vs_dpo.language.continuation import cache_of
+from rlhf_vs_dpo.language.generation import rows_together
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.models import autocast, freeze
 from rlhf_vs_dpo.language.states import last
@@ -155,7 +156,7 @@ def planned(learner: Learner, longest: list[list[int]]) -> plan.Plan:
     if learner.critic is not None:
         value = learner.accelerate.unwrap_model(learner.critic.module)
         learning[value] = lambda count: state_values(value, batch(count)).sum()
-    cache = plan.cache_of(policy.model, ROWS, len(whole[0]))
+    cache = cache_of(policy.model, rows_together(policy.model, len(whole[0])), len(whole[0]))
     return plan.plan(
         learning, len(whole[0]), learner.memory.tokens, (reference, reward), cache, learner.accelerate.num_processes
     )
