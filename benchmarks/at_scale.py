@@ -9,6 +9,7 @@ once, and no recomputation) over the datasheet's dense bf16 rate; generation is 
 once takes at the measured bandwidth. `--tiny` runs it all on small models, to try it where there is no GPU.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def one(name: str, shape: Shape, loops: list[str], text: int, profile: bool) -> 
                 print(f"{name:6} {found}", flush=True)
         except torch.OutOfMemoryError as error:
             print(f"{name:6} {loop}: {str(error).splitlines()[0]}", flush=True)
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name:6} ({loop} took {time.perf_counter() - begun:.0f} s in all)", flush=True)

@@ -86,13 +86,61 @@ def test_what_is_of_other_work_is_set_aside_with_the_reason(here, change, said, 
 def test_what_two_processes_made_one_refuses(here, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(checkpoint, "_of_the_first", lambda own: own)
     counted(2)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(checkpoint, "_of_the_first", lambda own: "000002" if "WORLD_SIZE" in os.environ else own)
     assert counted(0).step == 2 and counted(3).step == 5 and counted(0).step == 2  # it reads, and does not write
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
     assert counted(0).step == 0
     assert "it was made with processes 2, and this is 1" in capfd.readouterr().err
+
+
+TWO = """
+import os, shutil, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoint import opened
+from rlhf_vs_dpo.run import checkpoint
+from rlhf_vs_dpo.run.checkpoint import Values
+checkpoint.PATIENCE = 0.2
+if os.environ["RANK"] == "0":  # the other looks later, when a process that was asked to end has written one more
+    find = checkpoint.OnDisk._find
+    def early(self):
+        found = find(self)
+        shutil.copytree(found[0], found[0].with_name("000004"))
+        return found
+    checkpoint.OnDisk._find = early
+kept, at = opened(), Values(step=0)
+kept.keep(at=at)
+print("step", at.step, kept.runs, flush=True)
+"""
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_two_processes_go_on_from_what_the_first_chose(here, held, monkeypatch):
+    """Whatever each would find by itself: a process that was asked to end may write one more, or hold the lock until it has ended."""
+    from pathlib import Path
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(checkpoint, "_of_the_first", lambda own: own)
+    counted(3)
+    holding = opened() if held else None
+    script = here / "two.py"
+    script.write_text(TWO.format(tests=str(Path(__file__).parent)))
+    env = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
+        cwd=here, env=env | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line.partition(" [")[0] for line in done.stdout.splitlines() if line.startswith("step")]
+    assert said == (["step 0"] * 2 if held else ["step 3"] * 2)
+    chosen = "" if held else f"going on from {checkpoint.folder()}/x/"
+    assert chosen in done.stderr and "000004" not in done.stderr
+    if holding is not None:
+        holding.close()
 
 
 def last(kept: OnDisk):

@@ -23,7 +23,7 @@ def test_rl_runs_and_its_invariants_hold(tokenizer, method):
     ids = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]] * 8
     policy_gradient.train(
         Networks(policy, reference, scorer(tokenizer).cuda()), Prompts(ids, [f"p{i}" for i in range(16)]), [],
-        rl_settings(method), 6, 0, Record(NoWatch(), lambda m, s: rows.append(m), "x"),
+        rl_settings(method).model_copy(update={"iterations": 2}), 6, 0, Record(NoWatch(), lambda m, s: rows.append(m), "x"),
     )  # fmt: skip
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
 
@@ -57,6 +57,8 @@ def test_a_plan_of_memory_is_what_the_device_then_holds(tokenizer):
     from rlhf_vs_dpo.training import plan
     from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
 
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()  # what other tests have left behind
     size = Scratch(layers=4, width=512, heads=8, feed_forward=1408, context=256, bpe_vocabulary=300)
     policy = Policy(models.from_scratch(size, tokenizer).cuda(), 1.0)
     texts = [Tokens([1, 5, 6, 7 + i], [8] * 251 + [2]) for i in range(8)]
@@ -73,4 +75,4 @@ def test_a_plan_of_memory_is_what_the_device_then_holds(tokenizer):
     for _ in range(2):
         value = optimiser.accumulate([8], lambda count: loss(count), 8)
         optimiser.step(value, ["all"])
-    assert torch.cuda.max_memory_allocated() == pytest.approx(planned.total, rel=0.2)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned.total, rel=0.2)

@@ -96,15 +96,18 @@ def _projected(norm: nn.Module, flat: Tensor, asked: Sequence[nn.Linear], order:
 
     The norm's weight is multiplied into the projections', which are smaller than what they project.
     """
-    normalised = _Normalised.apply(flat, norm.variance_epsilon)[0]
+    if flat.is_cuda:  # in one kernel
+        normalised = nn.functional.rms_norm(flat, flat.shape[-1:], eps=norm.variance_epsilon)
+    else:
+        normalised = _Normalised.apply(flat, norm.variance_epsilon)[0]
     if any(type(projection) is not nn.Linear or projection.weight.dtype != norm.weight.dtype for projection in asked):
         # They have adapters, or are held in bf16: each by itself.
         found = torch.cat([projection(normalised * norm.weight) for projection in asked], dim=-1)
-        return found if order is None else found[:, order]
+        return found if order is None else found.index_select(-1, order)
     weight = torch.cat([projection.weight for projection in asked])
     bias = None if asked[0].bias is None else torch.cat([projection.bias for projection in asked])
     if order is not None:
-        weight, bias = weight[order], None if bias is None else bias[order]
+        weight, bias = weight.index_select(0, order), None if bias is None else bias[order]
     return nn.functional.linear(normalised, weight * norm.weight, bias)
 
 

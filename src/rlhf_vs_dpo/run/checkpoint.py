@@ -31,6 +31,7 @@ from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
 from rlhf_vs_dpo.run.launch import is_main
 
 KEPT = 2  # checkpoints of a stage
+PATIENCE = 30.0  # seconds for a process that was asked to end to finish its step
 TENSORS, STATE, IDENTITY, RUNS = "tensors.safetensors", "state.json", "identity.json", "runs.txt"
 
 
@@ -167,8 +168,15 @@ class OnDisk(Checkpoint):
         if write and not self._alone():
             self.writes = False
             _say(f"{self.folder}: another process keeps its checkpoints there; this one keeps none")
+        found = self._find() if self.writes else None
+        if (chosen := _of_the_first(found and found[0].name)) is None:
+            if self.writes:
+                (self.folder / RUNS).unlink(missing_ok=True)
             return
-        self._read()
+        path, content = found or self._whole(self.folder / chosen)
+        self.found, self.lists = content["parts"], content["pieces"]
+        self._attempt()
+        _say(f"going on from {path}, which is {_age(path)} old")
 
     # ---- what a stage and its loops say ----
 
@@ -277,7 +285,7 @@ class OnDisk(Checkpoint):
         self.place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder.with_suffix(".lock"), thread_local=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE)
         except Timeout:
             return False
         self._lock = lock
@@ -286,31 +294,29 @@ class OnDisk(Checkpoint):
     def _checkpoints(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*") if path.name.isdigit())
 
-    def _read(self) -> None:
-        """Find the last checkpoint that is whole; say of the others why they are not used."""
-        for other in sorted(self.place.iterdir()) if self.writes else ():
+    def _find(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last checkpoint that is whole, and what it says; of the others, why they are not used, is said."""
+        for other in sorted(self.place.iterdir()):
             if other.is_dir() and other != self.folder and _unattended(other):
                 _say(f"{other}: a checkpoint is set aside: {_why(other, self.identity)}")
         for path in reversed(self._checkpoints()):
             self.number = max(self.number, int(path.name))
             try:
-                content = _read(path)
-                lists = {name: self._pieces(name, seals) for name, seals in content["pieces"].items()}
-                for pieces in lists.values():
-                    pieces.check()
+                return self._whole(path)
             except Exception as error:  # whatever a damaged file makes of its reader
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 _say(f"{path}: a checkpoint is set aside: it is damaged ({reason})")
-                if self.writes:
-                    shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-                    path.rename(path.with_suffix(".damaged"))
-                continue
-            self.found, self.lists = content["parts"], lists
-            self._attempt()
-            _say(f"going on from {path}, which is {_age(path)} old")
-            return
-        if self.writes:
-            (self.folder / RUNS).unlink(missing_ok=True)
+                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                path.rename(path.with_suffix(".damaged"))
+        return None
+
+    def _whole(self, path: Path) -> tuple[Path, dict[str, Any]]:
+        """A checkpoint, and what it says, its pieces as lists of them. Raises an error where it is damaged."""
+        content = _read(path)
+        content["pieces"] = {name: self._pieces(name, seals) for name, seals in content["pieces"].items()}
+        for pieces in content["pieces"].values():
+            pieces.check()
+        return path, content
 
     # ---- SIGTERM ----
 
@@ -365,6 +371,19 @@ def of_stage(
         "torch": version("torch"),
     }
     return OnDisk(stage if trial is None else f"{stage}.{trial}", identity, minutes, run, write=is_main())
+
+
+def _of_the_first(chosen: str | None) -> str | None:
+    """What the first of several processes chose: another that looks a moment later may find one that a process asked to end has written."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return chosen
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())  # they find each other here, not first where they train
+    said = [chosen]
+    torch.distributed.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def folder() -> Path:

@@ -19,7 +19,7 @@ from rlhf_vs_dpo.errors import OutOfMemory
 from rlhf_vs_dpo.language.models import autocast
 
 LAYER = 1.4  # what a layer holds that computes its activations again: they, and gradients of some of them
-FILLED = 0.7  # of a GPU's free memory with activations: a plan may be a fifth too small
+FILLED = 0.6  # of a GPU's free memory with activations: a plan may be a fifth too small, and memory is handed out in pieces
 MOST = 2**17  # tokens of a micro-batch, beyond which a GPU gets no faster
 SAID_FROM = 0.1  # of the device's memory: a plan of less is not worth a line
 
