@@ -41,7 +41,7 @@ def main(
                 else text.bpe_tokenizer(list(train["text"]), settings.scratch.bpe_vocabulary)
             )
             model = models.from_scratch(settings.scratch, tokenizer)
-        models.to_learn(model, None, run.section("memory").gradient_checkpointing)
+        models.to_learn(model, None, run.section("memory"))
         # Perplexity is of the model itself; every later log-probability is of the policy, at the sampling temperature.
         policy = Policy(model, temperature=1.0).to(models.device())
         most = run.params["data"]["max_document_tokens"]
@@ -51,14 +51,14 @@ def main(
         trained = supervised.likelihood(
             policy, examples, settings.training, run.section("seed"), run.log, "base", checkpoint=run.checkpoint
         )
-        run.spent(parameters=models.size(model), tokens_trained=trained, models_held=1)
+        run.spent(parameters=models.size(policy.model), tokens_trained=trained, models_held=1)
         if launch.is_main():
             held = text.documents(tokenizer, heldout["text"], policy.context, most)
             logp = sum(forward.log_likelihoods(policy, held, "held-out corpus"))
             tokens = sum(len(example.response) for example in held)
-            models.save(model, tokenizer, out)
+            models.save(policy.model, tokenizer, out)
             run.curve(curves)
-            parameters = sum(p.numel() for p in model.parameters())
+            parameters = sum(p.numel() for p in policy.model.parameters())
             run.finish(
                 {"nll_per_token": -logp / tokens, "parameters": parameters, "vocabulary": len(tokenizer)},
                 metrics,

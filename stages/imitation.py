@@ -43,7 +43,7 @@ def main(
         settings, sampling = run.section("imitation", method), run.section("sampling")
         torch.manual_seed(seed)
         adapter = run.section("adapter")
-        model, tokenizer = models.load_learner(sft, adapter, run.section("memory").gradient_checkpointing)
+        model, tokenizer = models.load_learner(sft, adapter, run.section("memory"))
         start = models.start_of(model, sft)  # to measure KL at the watched points; training never sees it
         told = settings.recipe == "control_tokens"
         if told:
@@ -96,12 +96,12 @@ def main(
             )  # fmt: skip
             at.taken += steps
         run.spent(
-            parameters=models.size(model), frozen=models.frozen(model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
+            parameters=models.size(policy.model), frozen=models.frozen(policy.model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
             models_held=1 + (settings.rounds > 1),
         )  # fmt: skip
         if launch.is_main():
             # With other embeddings than those of the SFT policy it is saved whole.
-            models.save(model, tokenizer, out, sft, merge=told or (adapter is not None and adapter.merge))
+            models.save(policy.model, tokenizer, out, sft, merge=told or (adapter is not None and adapter.merge))
             tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             run.finish(run.rows[-1] | watched.final() | {"examples": len(examples.tokens)}, metrics, at.taken)

@@ -45,7 +45,7 @@ def main(
         settings, sampling = run.section("preference", method), run.section("sampling")
         torch.manual_seed(seed)
         adapter = run.section("adapter")
-        model, tokenizer = models.load_learner(sft, adapter, run.section("memory").gradient_checkpointing)
+        model, tokenizer = models.load_learner(sft, adapter, run.section("memory"))
         start = models.start_of(model, sft)  # to measure KL at the watched points, and for pairs of later rounds
         policy, frozen = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         whole = tables.read_table(pairs, "pairs")
@@ -101,7 +101,7 @@ def main(
             at.trained += preference.train(policy, learned, known, settings, steps[number], seed, record, at.taken)
             at.taken += steps[number]
         run.spent(
-            parameters=models.size(model), frozen=models.frozen(model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
+            parameters=models.size(policy.model), frozen=models.frozen(policy.model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,
             models_held=1 + (stored is not None and settings.rounds > 1),  # stored log-probabilities need no model
         )  # fmt: skip
         if launch.is_main():
@@ -111,7 +111,7 @@ def main(
             judged = preference.implicit_rewards(policy, measured, known, settings)
             table = whole.loc[held, ["pair_id", "prompt_id"]].reset_index(drop=True).join(judged)
             tables.write_table(table, "pair_rewards", pair_rewards)
-            models.save(model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
+            models.save(policy.model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
             tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             accuracy = float((table["chosen"] > table["rejected"]).mean())

@@ -34,7 +34,7 @@ def main(
 
         settings, adapter = run.section("reward"), run.section("adapter")
         torch.manual_seed(seed)
-        scorer, tokenizer = heads.scorer_from_policy(sft, adapter, run.section("memory").gradient_checkpointing)
+        scorer, tokenizer = heads.scorer_from_policy(sft, adapter, run.section("memory"))
         train, held = (tables.read_table(pairs, "pairs", split) for split in ("train", "validation"))
         demos = tables.read_table(demonstrations, "demonstrations")
         demo_tokens = text.encode(tokenizer, demos["prompt"], demos["response"], demos["prompt_id"], scorer.context)

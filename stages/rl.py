@@ -43,7 +43,7 @@ def main(
         settings, sampling = run.section("rl", method), run.section("sampling")
         torch.manual_seed(seed)
         adapter = run.section("adapter")
-        model, tokenizer = models.load_learner(sft, adapter, run.section("memory").gradient_checkpointing)
+        model, tokenizer = models.load_learner(sft, adapter, run.section("memory"))
         start = models.start_of(model, sft)
         policy, reference = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         train = tables.read_table(prompts, "prompts", "train")
@@ -70,10 +70,13 @@ def main(
         )  # fmt: skip
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")
         run.spent(
-            parameters=models.size(model), frozen=models.frozen(model), models_held=held, **totals._asdict()
+            parameters=models.size(policy.model),
+            frozen=models.frozen(policy.model),
+            models_held=held,
+            **totals._asdict(),
         )  # TRPO: the old policy, too
         if launch.is_main():
-            models.save(model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
+            models.save(policy.model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
             tables.write_table(watched.table(), "heldout", heldout)
             run.curve(curves)
             run.finish(run.rows[-1] | watched.final(), metrics, settings.iterations)

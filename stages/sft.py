@@ -30,9 +30,7 @@ def main(
 
         settings, sampling = run.section("sft"), run.section("sampling")
         torch.manual_seed(seed)
-        model, tokenizer = models.load_learner(
-            base, run.section("adapter"), run.section("memory").gradient_checkpointing
-        )
+        model, tokenizer = models.load_learner(base, run.section("adapter"), run.section("memory"))
         policy = Policy(model, temperature=1.0)  # likelihood is the model's own: at T it would learn to undo T
 
         def encoded(split: str) -> text.Examples:
@@ -52,12 +50,17 @@ def main(
         trained = supervised.likelihood(
             policy, examples, settings.training, seed, run.log, "sft", checkpoint=run.checkpoint
         )
-        run.spent(parameters=models.size(model), frozen=models.frozen(model), tokens_trained=trained, models_held=1)
+        run.spent(
+            parameters=models.size(policy.model),
+            frozen=models.frozen(policy.model),
+            tokens_trained=trained,
+            models_held=1,
+        )
         if launch.is_main():
             after = nll()
-            models.sampled_at(model, sampling.temperature)
+            models.sampled_at(policy.model, sampling.temperature)
             models.save(
-                model, tokenizer, out, base, merge=True
+                policy.model, tokenizer, out, base, merge=True
             )  # what the adapters of everything after it are attached to
             run.curve(curves)
             run.finish({"nll_per_token_before": before, "nll_per_token": after}, metrics, settings.training.steps)

@@ -204,6 +204,7 @@ class Memory(Section):
     """What is given for memory; it changes no number."""
 
     gradient_checkpointing: bool
+    sharding: bool
 
 
 class Monitor(Section):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from rlhf_vs_dpo.language import sharding
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import Network, autocast
@@ -12,7 +13,6 @@ from rlhf_vs_dpo.language.text import Tokens, collate, micro_batches
 from rlhf_vs_dpo.run.progress import bar
 
 
-@torch.inference_mode()
 def measure(
     network: Network,
     examples: Sequence[Tokens],
@@ -26,6 +26,7 @@ def measure(
     are appended.
     """
     done = [] if done is None else done
+    parts = sharding.sharded(network.model)
     device = next(network.parameters()).device
     places: dict[tuple, list[int]] = {}
     for i, example in enumerate(examples):
@@ -33,10 +34,16 @@ def measure(
     distinct = [examples[same[0]] for same in places.values()]
     where = list(places.values())
     values: list = [None] * len(examples)
-    with bar(len(distinct), what or "", "text", visible=what is not None) as progress, autocast(device):
+    with (
+        bar(len(distinct), what or "", "text", visible=what is not None) as progress,
+        torch.no_grad() if parts else torch.inference_mode(),  # FSDP reuses what it has gathered
+        autocast(device),
+    ):
         # Responses of one length together, whatever their prompts: little padding, and many share a prompt, which is read once.
         longest = max((len(example.prompt) for example in distinct), default=0)
         groups = micro_batches([longest + len(example.response) for example in distinct], network.budget)
+        if parts and groups:  # each pass is work of all processes
+            groups += groups[:1] * (sharding.most(len(groups)) - len(groups))
         for number, group in enumerate(groups):
             if number == len(done):
                 done.append(read(network, collate([distinct[i] for i in group], network.pad).to(device)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rlhf_vs_dpo.config import Adapter
+from rlhf_vs_dpo.config import Adapter, Memory
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language import adapters
 from rlhf_vs_dpo.language.models import Network, device, freeze, in_float32, light, load, load_own, to_learn
@@ -31,18 +31,20 @@ class Scorer(Network):
         return self.model.score if hasattr(self.model, "score") else self.model.classifier
 
 
-def scorer_from_policy(folder: Path, adapter: Adapter | None = None, again: bool = False) -> tuple[Scorer, object]:
+def scorer_from_policy(
+    folder: Path, adapter: Adapter | None = None, memory: Memory | None = None
+) -> tuple[Scorer, object]:
     """A reward model to be trained: the policy's body, and a head drawn from N(0, 1/(d+1)) (Stiennon et al. 2020, B.1).
 
     adapter     low-rank adapters to be trained, with the head, in the place of all weights
-    again       compute activations again in the backward pass: `memory.gradient_checkpointing`
+    memory      what is given for memory: activations computed again, weights in parts
     """
     model, tokenizer = load(str(folder), "AutoModelForSequenceClassification", {"num_labels": 1}, new_head=True)
     model.config.reward_shift, model.config.reward_scale = 0.0, 1.0
     scorer = Scorer(model)
     width = scorer.head.in_features
     nn.init.normal_(scorer.head.weight, std=(width + 1) ** -0.5)
-    to_learn(model, adapter, again)
+    to_learn(model, adapter, memory)
     return scorer.to(device()), tokenizer
 
 

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 
 def is_llama(body: nn.Module) -> bool:
-    """Whether `body` (`model.base_model`) can be run by hand; any other model runs as it comes."""
+    """Whether `body` (`model.base_model`) can be run by hand; any other model runs as it comes, and one whose layers are held in parts."""
     from transformers import LlamaModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    return type(body) is LlamaModel and body.config._attn_implementation == "sdpa"
+    return (
+        type(body) is LlamaModel
+        and body.config._attn_implementation == "sdpa"
+        and type(body.layers[0]) is LlamaDecoderLayer
+    )
 
 
 class Rows(NamedTuple):

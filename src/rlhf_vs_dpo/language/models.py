@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rlhf_vs_dpo.config import Adapter, Base, Scratch
+from rlhf_vs_dpo.config import Adapter, Base, Memory, Scratch
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language import adapters
+from rlhf_vs_dpo.language import adapters, sharding
 from rlhf_vs_dpo.run import arithmetic, atomic
 
 if not torch.cuda.is_available():
@@ -95,7 +95,7 @@ def sampler(model: nn.Module) -> nn.Module:
 
     `autocast` would cast float32 matrices again for every token.
     """
-    merged = adapters.merged(model)
+    merged = sharding.whole(adapters.merged(model))
     if device().type != "cuda" or not torch.cuda.is_bf16_supported():
         return merged
     return in_bf16(copy.deepcopy(merged, {id(p): p for p in merged.parameters()}), learning=True)
@@ -126,6 +126,11 @@ class Network(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+
+    def __call__(self, *args, **options):
+        """Through what holds it in parts, where it is held so."""
+        root = vars(self).get(sharding.ROOT)
+        return (super().__call__ if root is None else root)(*args, **options)
 
     def state_dict(self, *args, **options):
         """What is learned: all of it; under adapters, what does not stand in the base."""
@@ -169,7 +174,8 @@ class Network(nn.Module):
         per_token = 4 * (40 * config.hidden_size * config.num_hidden_layers + 2 * config.vocab_size)
         if not torch.cuda.is_available():
             return min(16384, max(2048, 2**32 // per_token))
-        return max(2048, int(torch.cuda.mem_get_info()[0] / 4 / per_token))
+        fitting = max(2048, int(torch.cuda.mem_get_info()[0] / 4 / per_token))
+        return sharding.least(fitting) if sharding.sharded(self.model) else fitting
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -259,21 +265,24 @@ def load_policy(folder: Path):
     return light(freeze(adapters.merged(model)).to(device())), tokenizer
 
 
-def load_learner(folder: Path, adapter: Adapter | None = None, again: bool = False):
+def load_learner(folder: Path, adapter: Adapter | None = None, memory: Memory | None = None):
     """(model, tokenizer) of a folder that a stage wrote, to be trained: float32, dropout off, in eval mode, on `device()`.
 
     adapter     low-rank adapters that learn in the place of all weights
-    again       compute activations again in the backward pass: `memory.gradient_checkpointing`
+    memory      what is given for memory: activations computed again, weights in parts
     """
     model, tokenizer = load_own(folder, "AutoModelForCausalLM")
-    return to_learn(model, adapter, again).to(device()), tokenizer
+    return to_learn(model, adapter, memory).to(device()), tokenizer
 
 
-def to_learn(model: nn.Module, adapter: Adapter | None, again: bool) -> nn.Module:
+def to_learn(model: nn.Module, adapter: Adapter | None, memory: Memory | None) -> nn.Module:
     """A model as it is trained (see `load_learner`)."""
     if adapter is not None:
         light(adapters.attach(model, adapter))
-    return recompute(model) if again else model
+    if memory is None:
+        return model
+    model.shard = memory.sharding
+    return recompute(model) if memory.gradient_checkpointing else model
 
 
 def start_of(model: nn.Module, folder: Path) -> nn.Module:

@@ -152,6 +152,8 @@ def stage(
         if given is not None:
             tags |= given.tags
         journal, minutes = uuid.uuid4().hex, whole["checkpoint"]["minutes"]
+        if whole["memory"]["sharding"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            minutes = None  # one process would have to write what all hold
         checkpoint = of_stage(asked or name, params, [*inputs, *may_read], minutes, journal, tags.get("trial"))
         if is_main():
             if arithmetic.native():

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.language import adapters
+from rlhf_vs_dpo.language import adapters, sharding
 from rlhf_vs_dpo.language.text import Batch, collate, micro_batches
 from rlhf_vs_dpo.losses.ppo import policy_loss, value_loss
 from rlhf_vs_dpo.losses.reinforce import policy_gradient_loss
@@ -33,13 +33,20 @@ from rlhf_vs_dpo.training.rollouts import Episodes, generalised_advantages, leav
 
 
 class Micro(NamedTuple):
-    """A micro-batch of episodes on the device, and where its N response tokens are among those of all episodes."""
+    """A micro-batch of episodes on the device, and where its N response tokens are among those of all episodes.
+
+    weight    1; 0 of one that is gone through again for nothing but company (`memory.sharding`)
+    """
 
     batch: Batch
     place: Tensor
+    weight: float = 1.0
 
     def of(self, values: Tensor) -> Tensor:
         return values[self.place]
+
+    def counted(self, total: Tensor) -> Tensor:
+        return total if self.weight else total * 0.0
 
 
 class Attempt(NamedTuple):
@@ -59,7 +66,7 @@ def policy_gradient_step(learner: Learner, episodes: Episodes) -> dict[str, floa
 
     def loss(group: Micro) -> Tensor:
         logp = learner.actor.module(group.batch).logp[group.batch.response_mask]
-        return policy_gradient_loss(logp, group.of(episodes.advantages)).sum()
+        return group.counted(policy_gradient_loss(logp, group.of(episodes.advantages)).sum())
 
     rate = learner.actor.learning_rate
     value = learner.memory.within(
@@ -193,10 +200,9 @@ def clipped_steps(learner: Learner, episodes: Episodes) -> dict[str, float]:
                 with torch.no_grad():
                     ratio = (logp - old).exp()
                     clipped = (ratio - 1).abs() > settings.clip
-                    watched.add_(
-                        torch.stack([clipped.sum(), (ratio - 1 - (logp - old)).sum(), ratio.sum(), (ratio**2).sum()])
-                    )
-                return policy_loss(logp, old, group.of(episodes.advantages), settings.clip).sum()
+                    seen = [clipped.sum(), (ratio - 1 - (logp - old)).sum(), ratio.sum(), (ratio**2).sum()]
+                    watched.add_(group.counted(torch.stack(seen)))
+                return group.counted(policy_loss(logp, old, group.of(episodes.advantages), settings.clip).sum())
 
             value = actor.accumulate(micro(tokens), loss, units)
             return value, watched, accumulate_ptx(learner, documents, tokens) if documents else {}
@@ -246,8 +252,8 @@ def accumulate_ptx(learner: Learner, picked: list[int], tokens: int) -> dict[str
 
     value = actor.accumulate(actor.share(picked, lengths, tokens), loss, units)
     added = [p.grad - g if g is not None else p.grad for p, g in zip(actor.parameters, ppo, strict=True)]
-    of_ppo = torch.nn.utils.get_total_norm([g for g in ppo if g is not None]).item()
-    of_ptx = torch.nn.utils.get_total_norm([g for g in added if g is not None]).item()
+    of_ppo = sharding.number(torch.nn.utils.get_total_norm([g for g in ppo if g is not None]))
+    of_ptx = sharding.number(torch.nn.utils.get_total_norm([g for g in added if g is not None]))
     learner.trained += sum(len(corpus[i]) for i in picked)
     return {
         "ptx_loss": value / settings.ptx_coefficient,
@@ -300,10 +306,11 @@ def _micro(learner: Learner, episodes: Episodes, part: Sequence[int], tokens: in
     wanted = torch.tensor([len(micro_batches(lengths, tokens))], device=device)
     most = int(learner.accelerate.gather(wanted).max())
     groups = [[part[j] for j in g] for g in micro_batches(lengths, tokens, min(most, len(part)))]
-    return [
+    made = [
         Micro(collate([episodes.tokens[i] for i in g], learner.pad).to(device), episodes.flat(g).to(device))
         for g in groups
     ]
+    return made + [made[0]._replace(weight=0.0)] * (most - len(made) if learner.sharded else 0)
 
 
 def _tokens(learner: Learner, episodes: Episodes, part: Sequence[int]) -> float:
@@ -326,7 +333,7 @@ def _fit_values(
 
     def loss(group: Micro) -> Tensor:
         values = state_values(critic.module, group.batch)
-        return value_loss(values, group.of(episodes.values), group.of(episodes.returns), clip).sum()
+        return group.counted(value_loss(values, group.of(episodes.values), group.of(episodes.returns), clip).sum())
 
     units = _tokens(learner, episodes, part)
     value = learner.memory.within(lambda tokens: critic.accumulate(micro(tokens), loss, units), critic)

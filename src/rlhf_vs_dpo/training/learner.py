@@ -55,7 +55,7 @@ class Learner:
         return {
             "actor": None if self.actor is None else self.actor.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
-            "value": None if self.critic is None else self.accelerate.unwrap_model(self.critic.module).state_dict(),
+            "value": None if self.critic is None else self.critic.network.state_dict(),
             "minibatches": self.minibatch_rng.bit_generator.state,
             "ptx": self.ptx_rng.bit_generator.state,
             "trained": self.trained,
@@ -67,7 +67,7 @@ class Learner:
             self.actor.load_state_dict(state["actor"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
-            self.accelerate.unwrap_model(self.critic.module).load_state_dict(state["value"])
+            self.critic.network.load_state_dict(state["value"])
         self.minibatch_rng.bit_generator.state = state["minibatches"]
         self.ptx_rng.bit_generator.state = state["ptx"]
         self.trained, self.read = state["trained"], state["read"]
@@ -81,6 +81,11 @@ class Learner:
     def criticising(self) -> nn.Module | None:
         """The value network as it is trained; None where the method has none."""
         return None if self.critic is None else self.critic.module
+
+    @property
+    def sharded(self) -> bool:
+        """Whether networks are held in parts, so that all processes must make equally many passes."""
+        return self.actor is not None and self.actor.sharded
 
     @property
     def pad(self) -> int:

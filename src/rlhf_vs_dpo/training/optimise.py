@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_vs_dpo.config import Training
 from rlhf_vs_dpo.errors import OutOfMemory, TrainingError
+from rlhf_vs_dpo.language import sharding
+from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import micro_batches
 
 Log = Callable[[dict[str, float], int], None]
@@ -84,14 +86,17 @@ def _first_line(error: BaseException) -> str:
 
 
 class Optimiser:
-    """AdamW over one module, in steps over global batches.
+    """AdamW over one network, in steps over global batches.
 
-    After construction `module` is the prepared one: pass it batches, also for measuring.
+    After construction `module` is the prepared one (wrapped by DistributedDataParallel, or held in parts): pass it batches, also for
+    measuring.
     """
 
-    def __init__(self, accelerate: Accelerator, module: nn.Module, settings: Training):
-        self.accelerate, self.settings = accelerate, settings
+    def __init__(self, accelerate: Accelerator, network: Network, settings: Training):
+        self.accelerate, self.network, self.settings = accelerate, network, settings
         self.taken = 0
+        self.sharded = sharding.asked(network)
+        module = sharding.shard(network) if self.sharded else network
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(
             self.parameters,
@@ -100,7 +105,7 @@ class Optimiser:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.module, self.adamw = accelerate.prepare(module, adamw)
+        self.module, self.adamw = (module, adamw) if self.sharded else accelerate.prepare(module, adamw)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, and AdamW's moments of each parameter, in order."""
@@ -123,6 +128,10 @@ class Optimiser:
         world = self.accelerate.num_processes
         if len(indices) < world:
             raise TrainingError(f"a batch of {len(indices)} cannot be divided among {world} processes; raise `batch`")
+        if self.sharded and len(indices) % world:
+            raise TrainingError(
+                f"with `memory.sharding`, a batch of {len(indices)} must be a multiple of the {world} processes: change `batch` or `ptx_batch`"
+            )
         ordered = sorted(indices, key=lambda i: -lengths[i])
         parts = [ordered[rank::world] for rank in range(world)]
         split = [micro_batches([lengths[i] for i in part], max_tokens) for part in parts]
@@ -140,7 +149,7 @@ class Optimiser:
         world = self.accelerate.num_processes  # DistributedDataParallel averages gradients; the loss wants their sum
         for number, group in enumerate(micro):
             final = number == len(micro) - 1
-            with nullcontext() if final else self.accelerate.no_sync(self.module):
+            with nullcontext() if final or self.sharded else self.accelerate.no_sync(self.module):
                 value = loss(group)
                 self.accelerate.backward(value * (world / units))
             total += value.detach()
@@ -152,7 +161,7 @@ class Optimiser:
         Raises TrainingError where loss or gradient is not finite, with the step, the learning rate and the ids of the
         batch (`names`): nothing of a diverged run is ever saved.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm).item()
+        norm = sharding.number(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         rate = self.learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(

@@ -16,10 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import OutOfMemory
+from rlhf_vs_dpo.language import sharding
 from rlhf_vs_dpo.language.models import autocast
 
 LAYER = 1.4  # what a layer holds that computes its activations again: they, and gradients of some of them
-FILLED = 0.6  # of a GPU's free memory with activations: a plan may be a fifth too small, and memory is handed out in pieces
+FILLED = (
+    0.6  # of a GPU's free memory with activations: a plan may be a fifth too small, and memory is handed out in pieces
+)
 MOST = 2**17  # tokens of a micro-batch, beyond which a GPU gets no faster
 SAID_FROM = 0.1  # of the device's memory: a plan of less is not worth a line
 
@@ -79,10 +82,13 @@ def plan(
     tokens      padded tokens of a micro-batch
     held        the other networks on the device, which may share weights with those that learn
     cache       bytes of keys and values
-    processes   that share the work: DistributedDataParallel holds every gradient twice
+    processes   that share the work: DistributedDataParallel holds every gradient twice; of what is held in parts, this one's is counted
     """
-    weights = {p.data_ptr(): p.nbytes for network in (*learning, *held) for p in network.parameters()}
-    learned = sum(p.nbytes for network in learning for p in network.parameters() if p.requires_grad)
+    parts = [sharding.local(p) for network in (*learning, *held) for p in network.parameters()]
+    weights = {part.data_ptr(): part.nbytes for part in parts}
+    learned = sum(sharding.local(p).nbytes for network in learning for p in network.parameters() if p.requires_grad)
+    if any(hasattr(p, "to_local") for network in learning for p in network.parameters()):
+        processes = 1
     measured = [_at_worst(network, loss, weights.keys()) for network, loss in learning.items()]
     rows = max(1, tokens // longest)
     return Plan(
@@ -150,7 +156,7 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
         fitting = max(1, min(MOST, int(tokens * fill)))
         fitting = min(fitting, tokens) if "RLHF_MICRO_TOKENS" in os.environ else fitting
         planned = planned._replace(activations=max(planned.smallest, round(planned.activations * fitting / tokens)))
-        tokens = fitting
+        tokens = sharding.least(fitting)
     if accelerate.is_main_process and planned.total > SAID_FROM * room:
         print(
             f"{what}, memory: {planned}; {readable(planned.total)} of {readable(room)} at once, {tokens:,} tokens in a micro-batch",

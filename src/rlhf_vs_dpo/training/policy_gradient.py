@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
-from rlhf_vs_dpo.language import adapters
+from rlhf_vs_dpo.language import adapters, sharding
 from rlhf_vs_dpo.language.continuation import cache_of
 from rlhf_vs_dpo.language.generation import rows_together
 from rlhf_vs_dpo.language.heads import Scorer
@@ -63,6 +63,9 @@ def train(
     attempt = ATTEMPTS[settings.algorithm]
     learner = new_learner(networks, corpus, settings, max_new_tokens, seed)
     accelerate = learner.accelerate
+    if sharding.sharded(networks.policy.model):
+        for network in (networks.reference, networks.reward):
+            sharding.shard(network)
     if settings.episodes < accelerate.num_processes:
         raise TrainingError(
             f"{settings.episodes} episodes cannot be divided among {accelerate.num_processes} processes; raise `episodes`"
@@ -115,6 +118,7 @@ def train(
             at.iteration, at.prompts = iteration + 1, rng.bit_generator.state
             record.checkpoint.offer()
         record.heldout.watch(networks.policy, settings.iterations, record.log)
+    sharding.gather(networks.policy)
     return Totals(learner.trained, at.generated, at.read + learner.read)
 
 
@@ -131,11 +135,18 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
         )  # fmt: skip
 
     actor = critic = None
+    if settings.algorithm == "trpo" and sharding.asked(networks.policy):
+        raise TrainingError(
+            "TRPO differentiates twice and needs whole weights: set `memory.sharding: false` in params.yaml for it"
+        )
     if hasattr(settings, "learning_rate"):
         actor = Optimiser(accelerate, networks.policy, training(settings.learning_rate, steps - waiting))
     else:
         networks.policy.to(accelerate.device)
     if ATTEMPTS[settings.algorithm].critic:
+        networks.reward.model.shard = getattr(
+            networks.policy.model, "shard", False
+        )  # the value network is a copy of it
         critic = Optimiser(accelerate, value_network(networks.reward), training(settings.value_learning_rate, steps))
     return Learner(
         networks, accelerate, settings, max_new_tokens, actor, critic, corpus, Memory(networks.policy.budget, accelerate),
@@ -154,7 +165,7 @@ def planned(learner: Learner, longest: list[list[int]]) -> plan.Plan:
 
     learning: dict[nn.Module, Callable[[int], Tensor]] = {policy: lambda count: policy(batch(count)).sums().sum()}
     if learner.critic is not None:
-        value = learner.accelerate.unwrap_model(learner.critic.module)
+        value = learner.critic.network
         learning[value] = lambda count: state_values(value, batch(count)).sum()
     cache = cache_of(policy.model, rows_together(policy.model, len(whole[0])), len(whole[0]))
     return plan.plan(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_vs_dpo.language import sharding
 from rlhf_vs_dpo.language.generation import generate
 from rlhf_vs_dpo.language.models import autocast
 from rlhf_vs_dpo.language.states import before, last
@@ -97,7 +98,10 @@ def rollout(
         tokens, prompts.names, places, offsets, flat["logp"], flat["ref_logp"], nothing, score, finished,
         flat["values"] if criticising is not None else nothing, nothing, nothing,
     )  # fmt: skip
-    for group in micro_batches([len(example) for example in tokens], learner.memory.tokens):
+    groups = micro_batches([len(example) for example in tokens], learner.memory.tokens)
+    if learner.sharded:  # each pass is work of all processes: who has fewer makes some again
+        groups += groups[:1] * (sharding.most(len(groups)) - len(groups))
+    for group in groups:
         batch = collate([tokens[i] for i in group], learner.pad).to(device)
         place = episodes.flat(group).to(device)
         with autocast(device):

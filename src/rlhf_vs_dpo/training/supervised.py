@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Passes, Training
+from rlhf_vs_dpo.language import sharding
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
@@ -61,8 +62,9 @@ def fit(
 ) -> int:
     """Train `network` for `settings.steps` global batches; returns the number of real tokens trained on.
 
-    `checkpoint` keeps where the loop is; whoever calls has it keep the network itself. `loss(module, group)` is the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it;
-    `module` is the network as it is trained: wrapped, where several processes share the work.
+    `checkpoint` keeps where the loop is; whoever calls has it keep the network itself. `loss(module, group)` is the summed loss of a
+    micro-batch (a list of example numbers), and sums of metrics over it; `module` is the network as it is trained: wrapped, where several
+    processes share the work. Where it was held in parts, `network.model` is another one afterwards, and whole.
     """
     accelerate = accelerator()
     optimiser = Optimiser(accelerate, network, settings)
@@ -115,6 +117,7 @@ def fit(
             last, _ = loss(optimiser.module, [int(plan[-1][0])])
         check_finite(last, optimiser, [work.names[i] for i in plan[-1]])
     before_step(settings.steps)
+    sharding.gather(network)
     return int(sum(work.tokens[i] for batch in plan for i in batch))
 
 
