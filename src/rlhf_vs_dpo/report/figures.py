@@ -77,7 +77,7 @@ def _dots(
     log        metrics on a logarithmic scale
     beside     metric -> (another metric shown hollow below it, its name)
     """
-    order = _ranked(found)
+    order = [row for row in _ranked(found) if any(found["methods"][row][m]["mean"] is not None for m in metrics)]
     panels = []
     for number, (metric, title) in enumerate(metrics.items()):
         shown = [(row, found["methods"][row][metric]) for row in order]
@@ -470,7 +470,12 @@ def diversity(found: dict[str, Any], style: Style) -> Figure:
 def best_of_n(found: dict[str, Any], style: Style) -> Figure:
     curve = found["best_of_n"]
     wins = "preferred" if curve[0]["preferred"]["mean"] is not None else "win_rate_vs_sft"
-    over_n = alt.X("n:Q", title="n", scale=alt.Scale(type="log", base=2, nice=False), axis=alt.Axis(format="d"))
+    over_n = alt.X(
+        "n:Q",
+        title="n",
+        scale=alt.Scale(type="log", base=2, nice=False),
+        axis=alt.Axis(format="d", values=[row["n"] for row in curve], labelOverlap=True),
+    )
     width, height = 190, 220
     looks = {"reward": ("#CC79A7", [1, 0]), "utility": ("#0072B2", [6, 3]), "gold": ("#000000", [2, 2])}
     gained = [
