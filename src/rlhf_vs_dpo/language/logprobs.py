@@ -100,7 +100,8 @@ class Policy(Network):
         return self._log_distribution(hidden, temperature or self.temperature)
 
     def _log_distribution(self, hidden: Tensor, temperature: float) -> Tensor:
-        return (suppress(self.project(hidden), self.model) / temperature).log_softmax(-1)
+        logits = suppress(self.project(hidden), self.model)
+        return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
     @property
     def vocabulary(self) -> int:
