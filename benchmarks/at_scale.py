@@ -133,7 +133,7 @@ def made(shape: Shape, scorer: bool = False):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from rlhf_vs_dpo.config import Adapter
+    from rlhf_vs_dpo.config import Adapter, Memory
     from rlhf_vs_dpo.language import models
 
     config = LlamaConfig(
@@ -148,7 +148,7 @@ def made(shape: Shape, scorer: bool = False):
     if not scorer:
         model.generation_config.suppress_tokens = [0, 1, 2]  # every response has its full length
     adapter = Adapter(rank=16, alpha=32.0, targets="all", merge=False) if shape.adapters else None
-    return models.to_learn(model, adapter, shape.again)
+    return models.to_learn(model, adapter, Memory(gradient_checkpointing=shape.again, sharding=False))
 
 
 def flops(shape: Shape, tokens: float, length: int, read: float, backward: bool = True) -> float:

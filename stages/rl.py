@@ -68,13 +68,14 @@ def main(
             text.documents(tokenizer, documents, policy.context, run.params["data"]["max_document_tokens"]), settings, sampling.max_new_tokens, seed,
             Record(watched, heard, method, run.checkpoint),
         )  # fmt: skip
+        # Policy, reference, reward model, value network; TRPO holds the old policy, too.
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")
         run.spent(
             parameters=models.size(policy.model),
             frozen=models.frozen(policy.model),
             models_held=held,
             **totals._asdict(),
-        )  # TRPO: the old policy, too
+        )
         if launch.is_main():
             models.save(policy.model, tokenizer, out, sft, merge=adapter is not None and adapter.merge)
             tables.write_table(watched.table(), "heldout", heldout)

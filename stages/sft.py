@@ -59,9 +59,8 @@ def main(
         if launch.is_main():
             after = nll()
             models.sampled_at(policy.model, sampling.temperature)
-            models.save(
-                policy.model, tokenizer, out, base, merge=True
-            )  # what the adapters of everything after it are attached to
+            # Whole, for the adapters of everything after it are attached to it.
+            models.save(policy.model, tokenizer, out, base, merge=True)
             run.curve(curves)
             run.finish({"nll_per_token_before": before, "nll_per_token": after}, metrics, settings.training.steps)
 

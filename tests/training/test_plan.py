@@ -44,7 +44,11 @@ def at_most(body) -> int:
 @pytest.mark.parametrize("again", [False, True])
 def test_a_plan_is_what_is_then_measured(kind, adapted, again, tokenizer):
     policy = network(tokenizer, kind)
-    models.to_learn(policy.model, Adapter(rank=8, alpha=16.0, targets="all", merge=False) if adapted else None, again)
+    models.to_learn(
+        policy.model,
+        Adapter(rank=8, alpha=16.0, targets="all", merge=False) if adapted else None,
+        Memory(gradient_checkpointing=again, sharding=False),
+    )
     examples = Examples(TEXTS, [str(i) for i in range(8)])
     losses = {}
 

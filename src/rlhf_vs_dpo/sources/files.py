@@ -34,26 +34,27 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         raise DataError(f"{path}: unknown kind of file; give .jsonl (an object a line) or .parquet")
     read = 0  # bytes of the lines before
-    for number, raw in enumerate(
-        path.open("rb"), start=1
-    ):  # bytes: U+2028 may stand inside a string, and ends no line there
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {read + error.start}); convert it") from None
-        read += len(raw)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is JSON, and no text
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: holds no usable text ({type(error).__name__})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not a JSON object")
-        yield row
+    with path.open("rb") as lines:  # bytes: U+2028 may stand inside a string, and ends no line there
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: not UTF-8 ({error.reason} at byte {read + error.start}); convert it"
+                ) from None
+            read += len(raw)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is JSON, and no text
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            except (UnicodeEncodeError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: holds no usable text ({type(error).__name__})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: not a JSON object")
+            yield row
 
 
 def build(settings: Files, render: Render, drop: bool) -> Tables:
