@@ -5,7 +5,7 @@ import torch
 from conftest import gpt2, small_model
 from torch.profiler import ProfilerActivity, profile
 
-from rlhf_vs_dpo.config import Adapter, Scratch, Training
+from rlhf_vs_dpo.config import Adapter, Memory, Scratch, Training
 from rlhf_vs_dpo.errors import OutOfMemory
 from rlhf_vs_dpo.language import adapters, models
 from rlhf_vs_dpo.language.logprobs import Policy
