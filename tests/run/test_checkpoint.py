@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
     for path, text in {"src/rlhf_vs_dpo/a.py": "1", "stages/x.py": "1", "given": "1"}.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -98,7 +101,7 @@ def test_what_two_processes_made_one_refuses(here, monkeypatch, capfd):
 
 
 TWO = """
-import os, shutil, sys
+import os, shutil, sys, torch
 sys.path.insert(0, {tests!r})
 from test_checkpoint import opened
 from rlhf_vs_dpo.run import checkpoint
@@ -114,6 +117,8 @@ if os.environ["RANK"] == "0":  # the other looks later, when a process that was 
 kept, at = opened(), Values(step=0)
 kept.keep(at=at)
 print("step", at.step, kept.runs, flush=True)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -230,7 +235,8 @@ def test_of_two_that_do_the_same_work_at_once_one_keeps_checkpoints(here, capfd)
     assert not list(checkpoint.folder().rglob("state.json"))
     assert "another process keeps its checkpoints there" in capfd.readouterr().err
     second.done()
-    assert first.folder.with_suffix(".lock").exists()
+    first.save()
+    assert first.folder.exists()
     first.done()
     assert not checkpoint.folder().joinpath("x").exists()
 
@@ -302,3 +308,27 @@ def test_json_of_a_state_is_plain(here):
     kept.keep(part=Values(a=object()))
     with pytest.raises(TypeError, match="cannot hold a object"):
         kept.save()
+
+
+def test_who_waits_for_another_is_not_disturbed_when_that_one_is_done(here, monkeypatch):
+    """Two workers of a queue that were given the same work: the first removes its folder while the second waits, and looks."""
+    monkeypatch.setattr(checkpoint, "PATIENCE", 20.0)
+    first, second = opened(), []
+    first.save()
+    waiting = threading.Thread(target=lambda: second.append(opened()))
+    waiting.start()
+    time.sleep(0.5)
+    assert not second
+    first.done()
+    waiting.join()
+    assert second[0].writes and not second[0].found
+    third = []
+    waiting = threading.Thread(target=lambda: third.append(opened()))
+    waiting.start()
+    second[0].save()
+    second[0].done()
+    waiting.join()
+    assert third[0].writes
+    third[0].save()
+    third[0].done()
+    assert not checkpoint.folder().joinpath("x").exists()

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,14 +262,10 @@ class OnDisk(Checkpoint):
         if self._lock is None:
             return
         self.close()
-        for path in sorted(
-            self.place.iterdir(), reverse=True
-        ):  # a lock before its folder: `_unattended` makes it again
+        for path in self.place.glob("*"):
             if path.is_dir() and _unattended(path):
                 shutil.rmtree(path, ignore_errors=True)
-                path.with_suffix(".lock").unlink(missing_ok=True)
-        self.folder.with_suffix(".lock").unlink(missing_ok=True)
-        if not any(self.place.iterdir()):
+        with suppress(OSError):  # another works there, or has removed it
             self.place.rmdir()
 
     def close(self) -> None:
@@ -280,10 +276,9 @@ class OnDisk(Checkpoint):
 
     def _alone(self) -> bool:
         """Whether nobody else works under this key, such as another worker of a queue that was given the same work."""
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
-        self.place.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_suffix(".lock"), thread_local=False)
+        lock = _lock(self.folder)
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
@@ -296,7 +291,7 @@ class OnDisk(Checkpoint):
 
     def _find(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint that is whole, and what it says; of the others, why they are not used, is said."""
-        for other in sorted(self.place.iterdir()):
+        for other in sorted(self.place.glob("*")):
             if other.is_dir() and other != self.folder and _unattended(other):
                 _say(f"{other}: a checkpoint is set aside: {_why(other, self.identity)}")
         for path in reversed(self._checkpoints()):
@@ -506,11 +501,20 @@ def _differ(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> lis
     return found[:3]
 
 
+def _lock(path: Path) -> Any:
+    """Who works under a key. Its file, which is empty, is never removed: somebody may be waiting for it."""
+    from filelock import FileLock
+
+    place = folder().with_name("locks") / f"{path.parent.name}-{path.name}.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(place, thread_local=False)
+
+
 def _unattended(path: Path) -> bool:
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     try:
-        with FileLock(path.with_suffix(".lock"), timeout=0):
+        with _lock(path).acquire(timeout=0):
             return True
     except Timeout:
         return False
