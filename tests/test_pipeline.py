@@ -594,20 +594,30 @@ def two_processes(folder: Path, stage: str, options: list[str]) -> None:
     )
 
 
-def test_two_processes_train_the_same_policy(smoke):
-    assert by_hand(smoke, "preference", *preference("dpo", "data/reference-0.parquet", "by-hand/one")) == 0
-    two_processes(smoke, "preference", preference("dpo", "data/reference-0.parquet", "by-hand/two"))
-    same_policy(smoke, "one", "two")
+@pytest.mark.parametrize("sharding", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_train_the_same_policy(smoke, sharding, request):
+    before = (smoke / "params.yaml").read_text()
+    request.addfinalizer(lambda: (smoke / "params.yaml").write_text(before))
+    change(smoke, "memory.sharding", sharding)
+    one, two = f"one-{sharding}", f"two-{sharding}"
+    assert by_hand(smoke, "preference", *preference("dpo", "data/reference-0.parquet", f"by-hand/{one}")) == 0
+    two_processes(smoke, "preference", preference("dpo", "data/reference-0.parquet", f"by-hand/{two}"))
+    same_policy(smoke, one, two)
 
 
 @pytest.mark.parametrize(
-    "method", ["ppo_ptx", pytest.param("trpo", marks=pytest.mark.slow), pytest.param("rloo", marks=pytest.mark.slow)]
+    ("method", "sharding"),
+    [
+        ("ppo_ptx", False),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in (("trpo", False), ("rloo", False), ("ppo_ptx", True))),
+    ],
 )
-def test_two_processes_reinforce_the_same_policy(smoke, method, request):
+def test_two_processes_reinforce_the_same_policy(smoke, method, sharding, request):
     """With two minibatches: episodes, groups, whitening, minibatches, Fisher products and line search are global."""
     before = (smoke / "params.yaml").read_text()
     request.addfinalizer(lambda: (smoke / "params.yaml").write_text(before))
     change(smoke, "rl.defaults.minibatches", 2)
+    change(smoke, "memory.sharding", sharding)
 
     def options(out: str) -> list[str]:
         return (
@@ -616,9 +626,10 @@ def test_two_processes_reinforce_the_same_policy(smoke, method, request):
             f"--out={out}/model --heldout={out}/h.parquet --metrics={out}/m.json --curves={out}/c.csv --run={out}/r.json"
         ).split()
 
-    assert by_hand(smoke, "rl", *options(f"by-hand/{method}-1")) == 0
-    two_processes(smoke, "rl", options(f"by-hand/{method}-2"))
-    same_policy(smoke, f"{method}-1", f"{method}-2")
+    one, two = f"{method}-1-{sharding}", f"{method}-2-{sharding}"
+    assert by_hand(smoke, "rl", *options(f"by-hand/{one}")) == 0
+    two_processes(smoke, "rl", options(f"by-hand/{two}"))
+    same_policy(smoke, one, two)
 
 
 # ---- bad input, through the command a user types -----------------------------------------------------------------------
