@@ -80,6 +80,7 @@ def one(name: str, shape: Shape, loops: list[str], text: int, profile: bool) -> 
     arithmetic.fix()
     import torch
 
+    from rlhf_vs_dpo.errors import OutOfMemory
     from rlhf_vs_dpo.language import models
 
     device = models.device()
@@ -97,7 +98,7 @@ def one(name: str, shape: Shape, loops: list[str], text: int, profile: bool) -> 
                 generation(shape, rates[1]) if loop == "generate" else training(loop, shape, text, peak, profile)
             ):
                 print(f"{name:6} {found}", flush=True)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, OutOfMemory) as error:
             print(f"{name:6} {loop}: {str(error).splitlines()[0]}", flush=True)
         gc.collect()
         if device.type == "cuda":

@@ -818,7 +818,10 @@ def test_two_workers_of_a_queue_beside_a_repro(tmp_path):
             break
         time.sleep(2)
     assert status.count("Success") == len(betas), status
-    shown = json.loads(run(folder, "dvc", "exp", "show", "--json").partition("\n[")[2].join(["[", ""]))
+    said = subprocess.run(
+        ["dvc", "exp", "show", "--json"], cwd=folder, env=ENV, capture_output=True, text=True, check=True
+    )
+    shown = json.loads(said.stdout)
     weights = {}
     for commit in shown:
         for experiment in commit.get("experiments") or []:

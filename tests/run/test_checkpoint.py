@@ -232,6 +232,7 @@ def test_of_two_that_do_the_same_work_at_once_one_keeps_checkpoints(here, capfd)
     second, at = opened(), Values(step=0)
     second.keep(at=at)
     second.offer()
+    second.save()  # as a search does behind each trial
     assert not list(checkpoint.folder().rglob("state.json"))
     assert "another process keeps its checkpoints there" in capfd.readouterr().err
     second.done()

@@ -222,8 +222,10 @@ class OnDisk(Checkpoint):
     def save(self) -> None:
         """Write all parts, and the pieces that have not been written, as one checkpoint; remove all but the last two.
 
-        Raises DiskError where they do not fit; the checkpoint before stays.
+        Nothing where another process writes. Raises DiskError where they do not fit; the checkpoint before stays.
         """
+        if not self.writes:
+            return
         self.saving = True
         if not (self.folder / RUNS).exists():
             self._attempt()
@@ -261,10 +263,11 @@ class OnDisk(Checkpoint):
         """Remove all checkpoints of this stage, those of other parameters or code among them that nobody works on."""
         if self._lock is None:
             return
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
         for path in self.place.glob("*"):
-            if path.is_dir() and _unattended(path):
-                shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                _remove(path)
         with suppress(OSError):  # another works there, or has removed it
             self.place.rmdir()
 
@@ -508,6 +511,14 @@ def _lock(path: Path) -> Any:
     place = folder().with_name("locks") / f"{path.parent.name}-{path.name}.lock"
     place.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(place, thread_local=False)
+
+
+def _remove(path: Path) -> None:
+    """What is kept under a key that nobody works on; whoever begins meanwhile waits."""
+    from filelock import Timeout
+
+    with suppress(Timeout), _lock(path).acquire(timeout=0):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _unattended(path: Path) -> bool:
