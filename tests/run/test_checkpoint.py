@@ -142,8 +142,8 @@ def test_two_processes_go_on_from_what_the_first_chose(here, held, monkeypatch):
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line.partition(" [")[0] for line in done.stdout.splitlines() if line.startswith("step")]
     assert said == (["step 0"] * 2 if held else ["step 3"] * 2)
-    chosen = "" if held else f"going on from {checkpoint.folder()}/x/"
-    assert chosen in done.stderr and "000004" not in done.stderr
+    reason = "another process keeps its checkpoints there" if held else f"going on from {checkpoint.folder()}/x/"
+    assert reason in done.stderr and "000004" not in done.stderr
     if holding is not None:
         holding.close()
 

@@ -31,7 +31,7 @@ from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
 from rlhf_vs_dpo.run.launch import is_main
 
 KEPT = 2  # checkpoints of a stage
-PATIENCE = 30.0  # seconds for a process that was asked to end to finish its step
+PATIENCE = 30.0  # seconds to wait for another process at the same work, which may be finishing its last step
 TENSORS, STATE, IDENTITY, RUNS = "tensors.safetensors", "state.json", "identity.json", "runs.txt"
 
 
