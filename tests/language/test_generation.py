@@ -99,8 +99,11 @@ def test_a_llama_by_hand_says_what_the_model_as_it_comes_says(tokenizer, monkeyp
 
 
 @pytest.mark.parametrize("key_value_heads", [4, 2])
-def test_logits_after_each_token_are_those_of_the_whole_text(key_value_heads):
+@pytest.mark.parametrize("small", [0, 2**18], ids=["one by one", "in one product"])
+def test_logits_after_each_token_are_those_of_the_whole_text(key_value_heads, small, monkeypatch):
     from test_states import llama
+
+    monkeypatch.setattr("rlhf_vs_dpo.language.llama.SMALL", small)
 
     from rlhf_vs_dpo.language.continuation import AsItComes, OfLlama
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf_vs_dpo.language import llama as by_hand
 from rlhf_vs_dpo.language import states as room
 from rlhf_vs_dpo.language.states import before, last, states
 from rlhf_vs_dpo.language.text import Tokens, collate
@@ -37,6 +38,13 @@ def batch():
     return collate([Tokens(prompt, response) for prompt, response in rows], pad=3)
 
 
+@pytest.fixture(params=["in one product", "one by one"])
+def projections(request, monkeypatch):
+    """Small projections of the same tokens are one product, large ones are not."""
+    if request.param == "one by one":
+        monkeypatch.setattr(by_hand, "SMALL", 0)
+
+
 def whole(model, batch, where):
     """One text at a time through the model as it comes: no batch, no padding."""
     rows = []
@@ -48,7 +56,9 @@ def whole(model, batch, where):
 
 @pytest.mark.parametrize("read", ["before", "last", "some", "every"])
 @pytest.mark.parametrize(("layers", "key_value_heads"), [(1, 4), (3, 4), (2, 2), (2, 1)])
-def test_trimmed_states_are_those_of_the_whole_model_and_so_are_their_gradients(batch, read, layers, key_value_heads):
+def test_trimmed_states_are_those_of_the_whole_model_and_so_are_their_gradients(
+    projections, batch, read, layers, key_value_heads
+):
     model = llama(layers, key_value_heads)
     some = torch.zeros_like(batch.response_mask)
     some[0, 6] = some[2, [1, 5, 6]] = some[4, 12] = True  # of the other texts nobody reads anything
@@ -77,7 +87,7 @@ def test_a_prompt_is_read_once_padding_never_and_the_last_layer_works_where_some
     assert seen == [distinct + 7 + int(batch.response_mask.sum()), int(batch.response_mask.sum())]
 
 
-def test_gradients_can_be_differentiated_again(batch):
+def test_gradients_can_be_differentiated_again(projections, batch):
     """For TRPO's Fisher products: the slope of the slope along a direction is that of the whole model."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

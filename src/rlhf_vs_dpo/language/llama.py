@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+SMALL = 2**18  # weights: 1 MiB of float32, which stays in a core's cache
+
 
 def is_llama(body: nn.Module) -> bool:
     """Whether `body` (`model.base_model`) can be run by hand; any other model runs as it comes, and one whose layers are held in parts."""
@@ -64,17 +66,21 @@ def heads(layer: nn.Module, flat: Tensor, turn: Tensor, which: str) -> tuple[Ten
     attention = layer.self_attn
     width, half = attention.head_dim, attention.head_dim // 2
     asked = [getattr(attention, f"{name}_proj") for name in which]
+    turning = len(which.rstrip("v"))
+    if not _small(layer.input_layernorm, asked):
+        normalised = _normalised(layer.input_layernorm, flat)
+        found = [projection(normalised).unflatten(-1, (-1, width)) for projection in asked]
+        pairs = (torch.complex(*(of.float() for of in head.split(half, dim=-1))) for head in found[:turning])
+        return *(torch.view_as_real(pair * turn).flatten(-2).to(found[0].dtype) for pair in pairs), *found[turning:]
     counts = [projection.out_features // width for projection in asked]
-    moving = sum(counts[: len(which.rstrip("v"))])
-    pairs = torch.arange(width, device=flat.device).view(2, half).T.flatten()
-    within = [pairs if head < moving else pairs.sort().values for head in range(sum(counts))]
+    moving = sum(counts[:turning])
+    side_by_side = torch.arange(width, device=flat.device).view(2, half).T.flatten()
+    within = [side_by_side if head < moving else side_by_side.sort().values for head in range(sum(counts))]
     order = torch.cat([head * width + places for head, places in enumerate(within)])
-    found = _projected(layer.input_layernorm, flat, asked, order).unflatten(-1, (-1, width))
-    turned = torch.view_as_complex(found[:, :moving].float().unflatten(-1, (half, 2))) * turn
-    queries_and_keys = torch.view_as_real(turned).flatten(-2).to(found.dtype)
-    return *queries_and_keys.split(counts[: len(which.rstrip("v"))], dim=1), *(
-        [found[:, moving:]] if which.endswith("v") else []
-    )
+    together = _in_one_product(layer.input_layernorm, flat, asked, order).unflatten(-1, (-1, width))
+    turned = torch.view_as_complex(together[:, :moving].float().unflatten(-1, (half, 2))) * turn
+    queries_and_keys = torch.view_as_real(turned).flatten(-2).to(together.dtype)
+    return *queries_and_keys.split(counts[:turning], dim=1), *([together[:, moving:]] if which.endswith("v") else [])
 
 
 def attend(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
@@ -91,24 +97,41 @@ def attend(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, seen
 def rest(layer: nn.Module, flat: Tensor, attended: Tensor) -> Tensor:
     """What a layer does behind its attention, (n, d)."""
     flat = flat + layer.self_attn.o_proj(attended)
-    mlp = layer.mlp
-    gate, up = _projected(layer.post_attention_layernorm, flat, [mlp.gate_proj, mlp.up_proj]).chunk(2, dim=-1)
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    asked = [mlp.gate_proj, mlp.up_proj]
+    if _small(norm, asked):
+        gate, up = _in_one_product(norm, flat, asked).chunk(2, dim=-1)
+    else:
+        normalised = _normalised(norm, flat)
+        gate, up = (projection(normalised) for projection in asked)
     return flat + mlp.down_proj(mlp.act_fn(gate) * up)
 
 
-def _projected(norm: nn.Module, flat: Tensor, asked: Sequence[nn.Linear], order: Tensor | None = None) -> Tensor:
+def _small(norm: nn.Module, asked: Sequence[nn.Linear]) -> bool:
+    """Whether preparing the weights of projections (see `_in_one_product`) costs less than what it saves: not where they are large.
+
+    Projections with adapters, or held in bf16, are each multiplied by itself, too.
+    """
+    plain = all(type(of) is nn.Linear and of.weight.dtype == norm.weight.dtype for of in asked)
+    return plain and sum(of.weight.numel() for of in asked) <= SMALL
+
+
+def _normalised(norm: nn.Module, flat: Tensor) -> Tensor:
+    """A layer's norm (Zhang and Sennrich 2019, arXiv:1910.07467) of states, (n, d)."""
+    if flat.is_cuda:  # in one kernel
+        return nn.functional.rms_norm(flat, flat.shape[-1:], norm.weight, norm.variance_epsilon)
+    return _Normalised.apply(flat, norm.variance_epsilon)[0] * norm.weight
+
+
+def _in_one_product(norm: nn.Module, flat: Tensor, asked: Sequence[nn.Linear], order: Tensor | None = None) -> Tensor:
     """Projections of normalised states in one product: (n, d) -> (n, sum of widths), in `order` where one is given.
 
     The norm's weight is multiplied into the projections', which are smaller than what they project.
     """
-    if flat.is_cuda:  # in one kernel
+    if flat.is_cuda:
         normalised = nn.functional.rms_norm(flat, flat.shape[-1:], eps=norm.variance_epsilon)
     else:
         normalised = _Normalised.apply(flat, norm.variance_epsilon)[0]
-    if any(type(projection) is not nn.Linear or projection.weight.dtype != norm.weight.dtype for projection in asked):
-        # They have adapters, or are held in bf16: each by itself.
-        found = torch.cat([projection(normalised * norm.weight) for projection in asked], dim=-1)
-        return found if order is None else found.index_select(-1, order)
     weight = torch.cat([projection.weight for projection in asked])
     bias = None if asked[0].bias is None else torch.cat([projection.bias for projection in asked])
     if order is not None:
