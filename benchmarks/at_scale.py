@@ -178,6 +178,8 @@ def training(loop: str, shape: Shape, text: int, peak: float, profile: bool):
     from rlhf_vs_dpo.training.monitor import Record
 
     class NoWatch:
+        asked = 0
+
         def watch(self, policy, step, log):
             pass
 

@@ -169,6 +169,8 @@ def matrix_rate(size: int = 2048) -> float:
 class NoWatch:
     """No held-out sampling: training alone is timed."""
 
+    asked = 0
+
     def watch(self, policy, step, log):
         pass
 

@@ -8,6 +8,7 @@ import typer
 from rlhf_vs_dpo.run import frame, launch
 
 CHUNK = 8192  # responses held in memory at once
+ROWS = 1024  # generated together: many have the same prompt
 
 
 def main(
@@ -67,7 +68,7 @@ def main(
                         run.checkpoint.pieces(f"{name} from {start}") for name in ("responses", "logp", "reward")
                     )
                     drawn = generate(
-                        policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, rows=1024, done=responses
+                        policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, rows=ROWS, done=responses
                     )
                     logp = forward.log_likelihoods(policy, drawn.tokens, done=of_logp)
                     table = some[["prompt_id", "split", "sample"]].assign(

@@ -16,14 +16,14 @@ LONGEST = 8
 PROMPTS = ["the cat sat on the mat and the dog ran .", "a dog", "the rug , a cat and a dog sat", "the"]
 
 
-def draw(policy, tokenizer, rows, copies=8, seed=0, order=None, max_new_tokens=LONGEST):
+def draw(policy, tokenizer, rows, copies=8, seed=0, order=None, max_new_tokens=LONGEST, done=None):
     encoded = encode_prompts(tokenizer, PROMPTS)
     names = [f"p{i}" for i in range(len(PROMPTS)) for _ in range(copies)]
     samples = [s for _ in PROMPTS for s in range(copies)]
     prompts = [ids for ids in encoded for _ in range(copies)]
     order = order if order is not None else range(len(names))
     picked = Prompts([prompts[i] for i in order], [names[i] for i in order])
-    return generate(policy, picked, [samples[i] for i in order], max_new_tokens, seed, rows=rows)
+    return generate(policy, picked, [samples[i] for i in order], max_new_tokens, seed, rows=rows, done=done)
 
 
 def test_batch_size_and_order_change_nothing(tokenizer):
@@ -36,6 +36,15 @@ def test_batch_size_and_order_change_nothing(tokenizer):
     assert [shuffled.tokens[list(order).index(i)] for i in range(32)] == whole.tokens
     assert draw(policy, tokenizer, rows=256, seed=1)[:2] != whole[:2]
     assert len({tuple(tokens.response) for tokens in whole.tokens}) > 20
+
+
+def test_batches_that_another_device_sampled_are_taken_as_they_are(tokenizer):
+    """A run that goes on may find batches of other sizes than it would make."""
+    policy, done = Policy(small_model(tokenizer, scale=2.0), 1.0), []
+    whole = draw(policy, tokenizer, rows=5, done=done)
+    first, read = done[:3], list(map(list, done[:3]))
+    assert draw(policy, tokenizer, rows=8, done=first)[:2] == whole[:2]
+    assert first[:3] == read and [len(batch) for batch in first] == [5, 5, 5, 8, 8, 1]
 
 
 def test_the_distribution_is_the_policy(tokenizer):

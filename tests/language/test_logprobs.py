@@ -43,6 +43,20 @@ def test_padding_and_batch_order_change_nothing(model, examples, tokenizer):
     assert together == pytest.approx(alone, abs=1e-4)
 
 
+def test_values_that_another_device_read_are_taken_as_they_are(model, examples, monkeypatch):
+    """A run that goes on may find micro-batches of other sizes than it would make."""
+    texts, done = examples * 2, []
+    monkeypatch.setattr(Policy, "budget", 40)
+    whole = log_likelihoods(Policy(model, 1.0), texts, done=done)
+    assert len(done) > 1
+    monkeypatch.setattr(Policy, "budget", 4096)
+    marked = [[value + 1 for value in done[0]]]
+    found = log_likelihoods(Policy(model, 1.0), texts, done=marked)
+    moved = sum(abs(a - b - 1) < 1e-4 for a, b in zip(found, whole, strict=True))
+    still = sum(abs(a - b) < 1e-4 for a, b in zip(found, whole, strict=True))
+    assert len(marked) == 2 and moved > 0 and still > 0 and moved + still == len(texts)
+
+
 def test_nothing_outside_the_response(model, examples, tokenizer):
     output = Policy(model, 1.0)(collate(examples, tokenizer.pad_token_id), entropy=True)
     assert torch.all(output.logp[~output.mask] == 0) and torch.all(output.entropy[~output.mask] == 0)

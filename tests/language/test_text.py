@@ -133,6 +133,16 @@ def test_micro_batches_cover_everything_once_within_budget():
     assert len(micro_batches([5] * 8, 10_000, at_least=3)) == 3
 
 
+def test_micro_batches_that_are_done_stay_as_they_are():
+    lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
+    wide, narrow = micro_batches(lengths, 512), micro_batches(lengths, 128)
+    assert micro_batches(lengths, 128, made=[len(group) for group in narrow[:5]]) == narrow
+    rest = micro_batches(lengths, 128, made=[len(group) for group in wide[:3]])
+    assert rest[:3] == wide[:3] and rest[3:] != wide[3:]
+    assert sorted(i for group in rest for i in group) == list(range(200))
+    assert all(max(lengths[i] for i in group) * len(group) <= 128 for group in rest[3:])
+
+
 def test_batches_hold_every_example_once_an_epoch_and_little_padding():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 100, 640).tolist()

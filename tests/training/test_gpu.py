@@ -66,7 +66,7 @@ def test_a_plan_of_memory_is_what_the_device_then_holds(tokenizer):
     def loss(count):
         return -policy(collate(texts[:count], policy.pad).to("cuda")).sums().sum()
 
-    planned = plan.plan({policy: loss}, 256, 8 * 256)
+    planned = plan.plan({policy: loss}, 256, 8 * 256, 8)
     settings = Training(
         steps=2, batch=8, learning_rate=1e-3, schedule="constant", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0, adam_epsilon=1e-8
     )  # fmt: skip

@@ -57,7 +57,7 @@ def test_a_plan_is_what_is_then_measured(kind, adapted, again, tokenizer):
 
         return -module(collate(examples.tokens, policy.pad)).sums().sum()
 
-    planned = plan.plan({policy: lambda count: record(policy, Examples(TEXTS[:count], []))}, 48, 8 * 48)
+    planned = plan.plan({policy: lambda count: record(policy, Examples(TEXTS[:count], []))}, 48, 8 * 48, 8)
     weights = sum(p.nbytes for p in policy.parameters())
     assert planned.weights == weights and planned.gradients * 2 == planned.optimiser
     optimiser = Optimiser(accelerator(), policy, ONCE)
@@ -84,7 +84,7 @@ def test_it_is_said_where_it_is_a_good_part_of_the_device(tokenizer, monkeypatch
     policy = Policy(small_model(tokenizer), 1.0)
     supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, lambda *_: None, "sft")
     assert "memory" not in capsys.readouterr().err
-    monkeypatch.setattr(plan, "_room", lambda device, planned: 50_000_000)
+    monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000_000)
     supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, lambda *_: None, "sft")
     assert "sft, memory: weights" in capsys.readouterr().err
 
@@ -93,8 +93,8 @@ def test_networks_of_one_base_are_counted_once(tokenizer):
     model = adapters.attach(small_model(tokenizer), Adapter(rank=2, alpha=4.0, targets="all", merge=False))
     policy, base = Policy(model, 1.0), Policy(adapters.switched_off(model), 1.0)
     batch_free = lambda count: next(p for p in policy.parameters() if p.requires_grad).sum()  # noqa: E731
-    alone = plan.plan({policy: batch_free}, 1, 1)
-    together = plan.plan({policy: batch_free}, 1, 1, held=(base,))
+    alone = plan.plan({policy: batch_free}, 1, 1, 1)
+    together = plan.plan({policy: batch_free}, 1, 1, 1, held=(base,))
     added = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
     assert together.weights == alone.weights + added
     assert alone.gradients == added

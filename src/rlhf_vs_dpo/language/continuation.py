@@ -96,7 +96,10 @@ class OfLlama:
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (n,) int64, some of them several times or not at all."""
         self.place, self.logits = self.place[rows], self.logits[rows]
-        self.cache = [tuple(of.index_select(0, rows) for of in layer) for layer in self.cache]
+        for number, (keys, values) in enumerate(
+            self.cache
+        ):  # one layer after another: two caches at once would not fit
+            self.cache[number] = keys.index_select(0, rows), values.index_select(0, rows)
 
 
 class InOneGraph(OfLlama):
@@ -160,8 +163,8 @@ class InOneGraph(OfLlama):
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (n,) int64; their number is another one, and so is the graph."""
-        super().select(rows)
         self.graph = None
+        super().select(rows)
 
 
 class AsItComes:

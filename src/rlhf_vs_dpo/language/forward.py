@@ -41,7 +41,9 @@ def measure(
     ):
         # Responses of one length together, whatever their prompts: little padding, and many share a prompt, which is read once.
         longest = max((len(example.prompt) for example in distinct), default=0)
-        groups = micro_batches([longest + len(example.response) for example in distinct], network.budget)
+        groups = micro_batches(
+            [longest + len(example.response) for example in distinct], network.budget, made=[*map(len, done)]
+        )
         if parts and groups:  # each pass is work of all processes
             groups += groups[:1] * (sharding.most(len(groups)) - len(groups))
         for number, group in enumerate(groups):

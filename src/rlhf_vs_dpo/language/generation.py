@@ -46,18 +46,18 @@ def stream(seed: int, name: str, sample: int, length: int) -> np.ndarray:
     )
 
 
-def rows_together(model: nn.Module, length: int) -> int:
-    """How many responses are generated together, each of `length` tokens with its prompt.
+def rows_together(model: nn.Module, length: int, most: int | None = None) -> int:
+    """How many responses are generated together, each of `length` tokens with its prompt; `most`, where it is given, or fewer.
 
-    On a GPU as many as a quarter of its memory holds (keys, values, and a distribution in double precision), a power of two from 16 to
-    2,048: of all of its memory, not of what is free, so that a run that goes on finds the batches it left.
+    On a GPU as many as an eighth of its memory holds (keys, values, and a distribution in double precision), a power of two from 16 to
+    2,048.
     """
     if (device := next(model.parameters()).device).type != "cuda":
-        return ROWS
+        return most or ROWS
     words = model.get_input_embeddings().num_embeddings
     row = cache_of(model, 1, length) + 4 * 8 * words
-    fitting = torch.cuda.get_device_properties(device).total_memory // (4 * row)
-    return min(2048, max(16, 2 ** (int(fitting).bit_length() - 1)))
+    fitting = torch.cuda.get_device_properties(device).total_memory // (8 * row)
+    return min(most or 2048, max(16, 2 ** (int(fitting).bit_length() - 1)))
 
 
 def generate(
@@ -73,8 +73,10 @@ def generate(
     """Sample one response for each prompt.
 
     The names of the prompts and `samples[i]`, with the seed, key the random stream of response i. `what` names the
-    progress bar (none if it is None). `rows` are generated together, `rows_together` if it is None; `done` holds the responses of the
-    first such batches, sampled before; those of the others are appended. Raises DataError where a prompt and a response of `max_new_tokens` do not fit the model's context.
+    progress bar (none if it is None). `rows` are generated together, or fewer on a GPU that does not hold so many; `done` holds the
+    responses of the first such batches, sampled before; those of the others are appended.
+
+    Raises DataError where a prompt and a response of `max_new_tokens` do not fit the model's context.
     """
     done = [] if done is None else done
     check_context(
@@ -87,15 +89,15 @@ def generate(
     copied = model is not policy.model
     policy, likely = Policy(model, policy.temperature), [[] for _ in prompts.ids]
     device = next(policy.parameters()).device
-    rows = rows or rows_together(model, max(map(len, prompts.ids), default=0) + max_new_tokens)
-    read = 0
+    rows = rows_together(model, max(map(len, prompts.ids), default=0) + max_new_tokens, rows)
+    read = start = number = 0
     with (
         bar(len(prompts.ids), what or "", "response", visible=what is not None) as progress,
         torch.inference_mode(),
         autocast(device),
     ):
-        for number, start in enumerate(range(0, len(order), rows)):
-            chunk = order[start : start + rows]
+        while start < len(order):  # batches that are done are as large as the device made them that did
+            chunk = order[start : start + (len(done[number]) if number < len(done) else rows)]
             if number == len(done):
                 uniforms = np.stack([stream(seed, prompts.names[i], samples[i], max_new_tokens) for i in chunk])
                 drawn, logp = _generate_batch(
@@ -107,6 +109,7 @@ def generate(
             for i, ids in zip(chunk, done[number], strict=True):
                 responses[i] = ids
             read += sum(len(prompt) for prompt in {tuple(prompts.ids[i]) for i in chunk})
+            start, number = start + len(chunk), number + 1
             progress.update(len(chunk))
     return Responses(
         [Tokens(prompt, response) for prompt, response in zip(prompts.ids, responses, strict=True)],

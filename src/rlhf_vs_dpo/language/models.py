@@ -32,10 +32,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def autocast(device: torch.device):
-    """bf16 on a GPU that has it, float32 elsewhere: the precision of every forward pass of the project."""
+def autocast(device: torch.device, cached: bool = True):
+    """bf16 on a GPU that has it, float32 elsewhere: the precision of every forward pass of the project.
+
+    cached    whether what is cast once is kept until the end
+    """
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=cached)
     return nullcontext()
 
 
@@ -99,6 +102,19 @@ def sampler(model: nn.Module) -> nn.Module:
     if device().type != "cuda" or not torch.cuda.is_bf16_supported():
         return merged
     return in_bf16(copy.deepcopy(merged, {id(p): p for p in merged.parameters()}), learning=True)
+
+
+def size_of_sampler(model: nn.Module) -> int:
+    """Bytes of what `sampler` holds besides the model, at the most."""
+    if sharding.sharded(model):
+        found = sharding.size_of_whole(model)
+    else:
+        found = sum(of.get_base_layer().weight.nbytes for of in adapters.attached(model).values())
+    if device().type == "cuda" and torch.cuda.is_bf16_supported():
+        found += sum(
+            2 * of.weight.numel() for _, of in adapters.linear(model.base_model) if of.weight.dtype == torch.float32
+        )
+    return found
 
 
 def size(model: nn.Module) -> int:

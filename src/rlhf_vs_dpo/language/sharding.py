@@ -23,7 +23,11 @@ class Root(nn.Module):
         self.network = network
 
     def forward(self, *args, **options):
-        return nn.Module.__call__(self.network, *args, **options)
+        from rlhf_vs_dpo.language.models import autocast
+
+        # Parts come and go, and what was cast of one is not the next one's.
+        with autocast(next(self.network.parameters()).device, cached=False):
+            return nn.Module.__call__(self.network, *args, **options)
 
 
 def asked(network: nn.Module) -> bool:
@@ -79,6 +83,11 @@ def whole(model: nn.Module) -> nn.Module:
         for name, p in vars(model)[SKELETON].named_parameters()
     }
     return copy.deepcopy(vars(model)[SKELETON], filled)
+
+
+def size_of_whole(model: nn.Module) -> int:
+    """Bytes of what `whole` makes of a model that is held in parts."""
+    return sum(p.numel() * p.element_size() for p in vars(model)[SKELETON].parameters())
 
 
 def gather(network: nn.Module) -> None:

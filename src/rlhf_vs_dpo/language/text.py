@@ -242,16 +242,21 @@ def collate(examples: Sequence[Tokens], pad: int) -> Batch:
     return Batch(*map(torch.from_numpy, (ids, attended.astype(np.int64), response, first, owner)))
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, at_least: int = 1, made: Sequence[int] = ()
+) -> list[list[int]]:
     """Split a batch into micro-batches of similar length whose padded size stays within `max_tokens`.
 
     Returns lists of indices into `lengths` (longest first, so that memory peaks at once), at least `at_least` of
     them: with several processes each must run as many backward passes as the others. One example is never split.
+
+    made    how many examples the first micro-batches have, where they are done already, perhaps by a device of another size
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     groups: list[list[int]] = []
     while order:
-        count = max(1, max_tokens // max(lengths[order[0]], 1))
+        done = len(groups) < len(made)
+        count = made[len(groups)] if done else max(1, max_tokens // max(lengths[order[0]], 1))
         groups.append(order[:count])
         order = order[count:]
     while len(groups) < at_least:

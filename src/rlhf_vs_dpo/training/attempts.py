@@ -12,6 +12,7 @@ needs second derivatives; the third imitates the brake by clipping, at the price
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -96,6 +97,18 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
     return metrics | averages.read()
 
 
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Matrix products of float32 as float32, on a GPU, too, which otherwise takes TF32 (language/models.py)."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
+@in_full()
 def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
     settings, policy, reduce = learner.settings, learner.networks.policy, learner.accelerate.reduce
     parameters = [p for p in policy.parameters() if p.requires_grad]

@@ -22,7 +22,7 @@ from rlhf_vs_dpo.training.optimise import Log
 
 
 class HeldOut:
-    """Samples a fixed set of validation prompts from a policy, always with the same random numbers."""
+    """Samples a fixed set of validation prompts, `asked` of them, from a policy, always with the same random numbers."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class HeldOut:
     ):
         self.prompts = prompts.head(settings.prompts).reset_index(drop=True)
         self.plain = encode_prompts(tokenizer, list(self.prompts["prompt"]))
+        self.asked = len(self.prompts)
         self.gold, self.reference, self.tokenizer = gold, reference, tokenizer
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.points = {round(p * steps / max(settings.points - 1, 1)) for p in range(settings.points)} | {steps}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.errors import OutOfMemory
 from rlhf_vs_dpo.language import sharding
+from rlhf_vs_dpo.language.logprobs import AT_ONCE
 from rlhf_vs_dpo.language.models import autocast
 
 LAYER = 1.4  # what a layer holds that computes its activations again: they, and gradients of some of them
@@ -33,9 +34,11 @@ class Plan(NamedTuple):
     weights      of all networks that are held, each once
     gradients    of what learns
     optimiser    AdamW's two moments of what learns
-    activations  what the largest micro-batch keeps for the backward pass
-    cache        keys and values, while responses are sampled
+    activations  what a micro-batch keeps for the backward pass, and what its head holds at the start of that
+    cache        keys, values and the sampler's copy of the policy, while responses are sampled
     smallest     activations of the longest example alone: a micro-batch cannot be less
+    tokens       padded tokens that `activations` are of
+    batch        padded tokens of a process's share of a batch
     """
 
     weights: int
@@ -44,6 +47,8 @@ class Plan(NamedTuple):
     activations: int
     cache: int
     smallest: int
+    tokens: int
+    batch: int
 
     @property
     def always(self) -> int:
@@ -56,7 +61,11 @@ class Plan(NamedTuple):
         return self.always + max(self.activations, self.cache)
 
     def __str__(self) -> str:
-        parts = {name: value for name, value in self._asdict().items() if value and name != "smallest"}
+        parts = {
+            name: value
+            for name, value in self._asdict().items()
+            if value and name not in ("smallest", "tokens", "batch")
+        }
         return ", ".join(f"{name} {readable(value)}" for name, value in parts.items())
 
 
@@ -72,6 +81,7 @@ def plan(
     learning: Mapping[nn.Module, Callable[[int], Tensor]],
     longest: int,
     tokens: int,
+    rows: int,
     held: Iterable[nn.Module] = (),
     cache: int = 0,
     processes: int = 1,
@@ -80,8 +90,9 @@ def plan(
 
     learning    networks that learn, one after another, with the loss of their 1 or 2 longest examples, of `longest` padded tokens
     tokens      padded tokens of a micro-batch
+    rows        examples that a process has of a batch
     held        the other networks on the device, which may share weights with those that learn
-    cache       bytes of keys and values
+    cache       bytes that are held while responses are sampled
     processes   that share the work: DistributedDataParallel holds every gradient twice; of what is held in parts, this one's is counted
     """
     parts = [sharding.local(p) for network in (*learning, *held) for p in network.parameters()]
@@ -89,42 +100,55 @@ def plan(
     learned = sum(sharding.local(p).nbytes for network in learning for p in network.parameters() if p.requires_grad)
     if any(hasattr(p, "to_local") for network in learning for p in network.parameters()):
         processes = 1
-    measured = [_at_worst(network, loss, weights.keys()) for network, loss in learning.items()]
-    rows = max(1, tokens // longest)
+    batch = rows * longest
+    tokens = min(max(tokens, longest), batch)
+    activations, smallest = 0, 0
+    for network, loss in learning.items():
+        first, more = _at_worst(network, loss, weights.keys())
+        activations = max(activations, round(first + (tokens / longest - 1) * more) + _of_head(network, tokens))
+        smallest = max(smallest, first + _of_head(network, longest))
     return Plan(
-        sum(weights.values()),
-        learned * (2 if processes > 1 else 1),
-        2 * learned,
-        max(first + (rows - 1) * more for first, more in measured),
-        cache,
-        max(first for first, _ in measured),
-    )
+        weights=sum(weights.values()), gradients=learned * (2 if processes > 1 else 1), optimiser=2 * learned,
+        activations=activations, cache=cache, smallest=smallest, tokens=tokens, batch=batch,
+    )  # fmt: skip
+
+
+def _of_head(network: nn.Module, tokens: int) -> int:
+    """Bytes of a vocabulary's head at its worst: log-probabilities, their gradient and that of the logits; where it computes them
+    again, some tokens at a time, the logits twice besides."""
+    logits = tokens * getattr(network, "vocabulary", 0)
+    return 4 * (3 * logits if logits <= AT_ONCE else 5 * AT_ONCE)
 
 
 def _at_worst(network: nn.Module, loss: Callable[[int], Tensor], weights: Collection[int]) -> tuple[int, int]:
-    """Bytes of activations at the worst moment: of one example, and how many more of each other one.
+    """Bytes of activations at the worst moment, apart from a vocabulary's head: of one example, and how many more of each other one.
 
     Where layers compute theirs again, that of one layer are there besides what is kept, and their gradients.
     """
-    device = next(network.parameters()).device
+    device, words = next(network.parameters()).device, getattr(network, "vocabulary", None)
     again = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
-    sizes = [kept(partial(loss, count), device, weights) for count in (1, 2)]
+    sizes = [kept(partial(loss, count), device, weights, words) for count in (1, 2)]
     if again:
         for layer in again:
             layer.gradient_checkpointing = False
-        whole = [kept(partial(loss, count), device, weights) for count in (1, 2)]
+        whole = [kept(partial(loss, count), device, weights, words) for count in (1, 2)]
         for layer in again:
             layer.gradient_checkpointing = True
         sizes = [size + round(LAYER * (all_ - size) / len(again)) for size, all_ in zip(sizes, whole, strict=True)]
     return sizes[0], sizes[1] - sizes[0]
 
 
-def kept(forward: Callable[[], Tensor], device: torch.device, weights: Collection[int] = ()) -> int:
-    """Bytes that a forward pass in the precision of training keeps for its backward pass, apart from `weights` (where they lie)."""
+def kept(
+    forward: Callable[[], Tensor], device: torch.device, weights: Collection[int] = (), words: int | None = None
+) -> int:
+    """Bytes that a forward pass in the precision of training keeps for its backward pass, apart from `weights` (where they lie) and from
+    distributions over `words`."""
     sizes: dict[int, int] = {}
     held: list[Tensor] = []  # until all are counted: a place that is given back would be given to another tensor
 
     def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (words,):
+            return tensor
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         held.append(tensor)
@@ -153,10 +177,10 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
         )
     if accelerate.device.type == "cuda":
         fill = FILLED * (room - planned.always) / max(planned.activations, 1)
-        fitting = max(1, min(MOST, int(tokens * fill)))
-        fitting = min(fitting, tokens) if "RLHF_MICRO_TOKENS" in os.environ else fitting
-        planned = planned._replace(activations=max(planned.smallest, round(planned.activations * fitting / tokens)))
-        tokens = sharding.least(fitting)
+        fitting = max(1, min(MOST, int(planned.tokens * fill)))
+        tokens = sharding.least(min(fitting, tokens) if "RLHF_MICRO_TOKENS" in os.environ else fitting)
+        scale = min(tokens, planned.batch) / planned.tokens
+        planned = planned._replace(activations=max(planned.smallest, round(scale * planned.activations)))
     if accelerate.is_main_process and planned.total > SAID_FROM * room:
         print(
             f"{what}, memory: {planned}; {readable(planned.total)} of {readable(room)} at once, {tokens:,} tokens in a micro-batch",
@@ -168,5 +192,6 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
 def _room(device: torch.device, planned: Plan) -> int:
     """Bytes of the device that are free, the weights that lie there already included."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached + planned.weights)
     return int(psutil.virtual_memory().available) + planned.weights

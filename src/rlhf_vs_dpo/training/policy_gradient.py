@@ -19,7 +19,7 @@ from rlhf_vs_dpo.language import adapters, sharding
 from rlhf_vs_dpo.language.continuation import cache_of
 from rlhf_vs_dpo.language.generation import rows_together
 from rlhf_vs_dpo.language.heads import Scorer
-from rlhf_vs_dpo.language.models import autocast, freeze
+from rlhf_vs_dpo.language.models import autocast, freeze, size_of_sampler
 from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
@@ -72,8 +72,10 @@ def train(
         )
     freeze(networks.reward)
     freeze(networks.reference)
-    longest = sorted(prompts.ids, key=len)[:-3:-1]
-    learner.memory.tokens = plan.check(planned(learner, longest), learner.memory.tokens, accelerate, record.what)
+    longest, watched = sorted(prompts.ids, key=len)[:-3:-1], record.heldout.asked
+    learner.memory.tokens = plan.check(
+        planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what
+    )
     rng = np.random.default_rng(seed)  # the same on every process
     distinct = settings.episodes // settings.samples_per_prompt
     # What an iteration hands to the next: prompts that are still to be asked, the KL coefficient, tokens generated and read.
@@ -155,8 +157,11 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
     )  # fmt: skip
 
 
-def planned(learner: Learner, longest: list[list[int]]) -> plan.Plan:
-    """Memory of a run of which these are the longest prompts: the policy and the value network learn in turn, the others are read."""
+def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Plan:
+    """Memory of a run of which these are the longest prompts: the policy and the value network learn in turn, the others are read.
+
+    `watched` prompts are answered besides the episodes, by each process.
+    """
     policy, reference, reward = learner.networks
     whole = [Tokens(prompt, [policy.eos] * learner.max_new_tokens) for prompt in longest]
 
@@ -167,10 +172,11 @@ def planned(learner: Learner, longest: list[list[int]]) -> plan.Plan:
     if learner.critic is not None:
         value = learner.critic.network
         learning[value] = lambda count: state_values(value, batch(count)).sum()
-    cache = cache_of(policy.model, rows_together(policy.model, len(whole[0])), len(whole[0]))
-    return plan.plan(
-        learning, len(whole[0]), learner.memory.tokens, (reference, reward), cache, learner.accelerate.num_processes
-    )
+    length, processes = len(whole[0]), learner.accelerate.num_processes
+    episodes = -(-learner.settings.episodes // processes)
+    asked = min(rows_together(policy.model, length), max(episodes, watched))
+    cache = cache_of(policy.model, asked, length) + size_of_sampler(policy.model)
+    return plan.plan(learning, length, learner.memory.tokens, episodes, (reference, reward), cache, processes)
 
 
 def value_network(reward: Scorer) -> Scorer:

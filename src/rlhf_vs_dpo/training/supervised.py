@@ -74,8 +74,9 @@ def fit(
         longest = np.argsort(work.lengths, kind="stable")[::-1].tolist()
         learning = {network: lambda count: loss(network, longest[:count])[0]}
         planned = memory_plan.plan(
-            learning, work.lengths[longest[0]], memory.tokens, processes=accelerate.num_processes
-        )
+            learning, work.lengths[longest[0]], memory.tokens, -(-settings.batch // accelerate.num_processes),
+            processes=accelerate.num_processes,
+        )  # fmt: skip
         memory.tokens = memory_plan.check(planned, memory.tokens, accelerate, what)
     every = max(1, settings.steps // POINTS)
     averages, at = Averages(), Values(step=0)
