@@ -36,6 +36,7 @@ DASHES = [[1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 2, 1, 2, 1, 2]]
 FONT = "DejaVu Sans"  # matplotlib carries it, so that a picture is the same wherever it is made
 GREY = "#808080"
 LABEL, LABEL_GAP = 10, 12  # size of a name, and the least distance between two, in pixels
+Scale = Literal["linear", "log", "symlog", "sqrt"]
 PICKED = "picked == '' || datum.policy == picked || datum.policy == null"
 
 
@@ -112,14 +113,16 @@ def spoken(entry: Entry, digits: int = 2) -> str:
     return f"{entry['mean']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
 
 
-def span(values: Iterable[float | None], log: bool = False) -> list[float]:
-    """Ends of an axis that holds all values, with a little room at both."""
+def span(values: Iterable[float | None], scale: Scale = "linear") -> list[float]:
+    """Ends of an axis that holds all values, with a little room at both; one of roots begins near 0."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return [0.0, 1.0]
     low, high = min(known), max(known)
-    if log:
+    if scale == "log":
         return [low / 1.3, high * 1.3]
+    if scale == "sqrt":
+        return [min(low, 0.0) - 0.003 * high, 1.1 * high]
     room = 0.06 * (high - low) or 0.5
     return [low - room, high + room]
 
@@ -130,9 +133,12 @@ def axis(
     domain: list[float] | None = None,
     kind: type = alt.X,
     large: bool = False,
-    scale: Literal["linear", "log", "symlog"] = "linear",
+    scale: Scale = "linear",
 ) -> Any:
-    """A quantitative channel with a title; `large` numbers get a unit (2M, 3T); `symlog` is linear up to about 0.5."""
+    """A quantitative channel with a title; `large` numbers get a unit (2M, 3T); `symlog` is linear up to about 0.5.
+
+    `sqrt` suits KL: best-of-n and the laws of overoptimisation are curves of its root (Gao et al. 2022, arXiv:2210.10760, section 3).
+    """
     of: dict[str, Any] = {"type": scale, "nice": False}
     of |= {} if scale == "log" else {"zero": False}  # a logarithmic scale has none
     of |= {"constant": 0.5} if scale == "symlog" else {}

@@ -12,6 +12,7 @@ from rlhf_vs_dpo.report.charts import (
     FAMILY_NAMES,
     GREY,
     Figure,
+    Scale,
     Style,
     axis,
     data,
@@ -116,6 +117,7 @@ def _dots(
             for run in found["runs"][row].values()
             if run.get(metric) is not None
         ]
+        of: Scale = "log" if metric in log else "linear"
         if runs and metric in found["axes"]:
             every += [run["x"] for run in runs]
             layers.append(
@@ -123,7 +125,7 @@ def _dots(
             )  # fmt: skip
         layers += [
             base.mark_rule().encode(
-                x=axis("x_low", title, span(every, metric in log), scale="log" if metric in log else "linear"),
+                x=axis("x_low", title, span(every, of), scale=of),
                 x2="x_high:Q",
             ),
             base.mark_point(size=42, filled=True).encode(x="x:Q", shape=style.shapes, tooltip=said),
@@ -188,21 +190,22 @@ def comparison(found: dict[str, Any], style: Style) -> Figure:
 
 def _scatter(
     found: dict[str, Any], style: Style, places: dict[str, tuple[Entry, Entry]], titles: tuple[str, str],
-    size: tuple[int, int], under: Sequence[Rows] = (), log: bool = False,
+    size: tuple[int, int], under: Sequence[Rows] = (), scale: Scale = "linear",
 ) -> Any:  # fmt: skip
     """Policies in a plane, with intervals both ways and names at the right.
 
     places    policy -> (x, y), each a mean with its interval
     under     lines below the points: rows `policy, x, y`
+    scale     of x
     """
     rows = [_entry(row, x, "x") | _entry(row, y, "y") for row, (x, y) in places.items()]
     drawn = [point for line in under for point in line]
     across = span(
         [row[k] for row in rows for k in ("x_low", "x_high")] + [point["x"] for point in drawn],
-        log,
+        scale,
     )
     up = span([row[k] for row in rows for k in ("y_low", "y_high")] + [point["y"] for point in drawn])
-    x = axis("x", titles[0], across, large=log, scale="log" if log else "linear")
+    x = axis("x", titles[0], across, large=scale == "log", scale=scale)
     y = axis("y", titles[1], up, alt.Y)
     base = alt.Chart(data(rows)).encode(color=style.colours, opacity=faded())
     layers = [
@@ -259,9 +262,9 @@ def frontier(found: dict[str, Any], style: Style) -> Figure:
             [{"policy": method, "x": p["kl"]["mean"], "y": p[metric]["mean"], "at": i} for i, p in enumerate(points)]
             for method, points in found["frontiers"].items()
         ]
-        titles = ("KL(policy, SFT), nats per response", NAMES[metric])
+        titles = ("KL(policy, SFT), nats per response, on a square-root scale", NAMES[metric])
         under = _of_n(found, "kl", metric) + of_settings
-        panels.append(_scatter(found, style, _pairs(found, "kl", metric), titles, size, under))
+        panels.append(_scatter(found, style, _pairs(found, "kl", metric), titles, size, under, "sqrt"))
     return Figure(
         "frontier",
         "Reward against the distance from the SFT policy, on test prompts, each policy at its end; dotted: best of n, up to n = "
@@ -392,7 +395,7 @@ def cost(found: dict[str, Any], style: Style) -> Figure:
         "cost",
         "Cost of training against quality on test prompts (best of n pays at every answer besides)",
         f"Total FLOPs: {', '.join(f'{row} {flops:.2g}' for row, flops in spent.items())}.",
-        _scatter(found, style, places, ("FLOPs, upstream included", NAMES[judge]), (560, 340), log=True),
+        _scatter(found, style, places, ("FLOPs, upstream included", NAMES[judge]), (560, 340), scale="log"),
     )
 
 

@@ -110,7 +110,7 @@ class _Study:
         across = {}
         for family, methods in self.families.items():
             spent = [row["flops"] for method in methods for row in self.best_of(method)]
-            across[family] = axis("flops", "FLOPs, search included", span(spent, log=True), large=True, scale="log")
+            across[family] = axis("flops", "FLOPs, search included", span(spent, "log"), large=True, scale="log")
         return self.lines("flops", across, band=False)
 
     def strips(self) -> Any:
