@@ -53,7 +53,7 @@ def test_one_line_or_two_answer_nothing(lines):
     assert entry["mean"] == pytest.approx(0.5, abs=0.1) and entry["low"] < entry["mean"] < entry["high"]
 
 
-@pytest.mark.parametrize("lines", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5)), 8])
+@pytest.mark.parametrize("lines", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 8))])
 def test_a_question_without_a_difference_is_answered_differs_in_at_most_five_percent(lines):
     rng, wrong, experiments = np.random.default_rng(lines), 0, EXPERIMENTS
     names = [f"m{i}" for i in range(13)]
@@ -66,7 +66,8 @@ def test_a_question_without_a_difference_is_answered_differs_in_at_most_five_per
     assert wrong / experiments <= 0.05 + 3 * (0.05 * 0.95 / experiments) ** 0.5
 
 
-@pytest.mark.parametrize("effect", [pytest.param(0.05, marks=pytest.mark.slow), 0.10])
+@pytest.mark.slow
+@pytest.mark.parametrize("effect", [0.05, 0.10])
 def test_power_grows_with_lines(effect):
     """Twelve questions, one of which has a difference: how often is it found?"""
     names, found = [f"m{i}" for i in range(13)], {}

@@ -310,6 +310,7 @@ def policies_of(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
     """Everything is waited for: the page draws rows, columns and charts one after another, slowly on a busy machine."""
     from selenium.common.exceptions import StaleElementReferenceException
@@ -374,6 +375,7 @@ def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
     shot(browser, "mlflow-charts")
 
 
+@pytest.mark.slow
 def test_policies_are_registered_and_the_best_has_an_alias(mlflow_ui):
     from mlflow.tracking import MlflowClient
 

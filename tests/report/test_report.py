@@ -218,6 +218,15 @@ def test_the_page_stands_alone_and_lets_no_text_out(blocks):
     assert page.render(content.blocks(source(synthetic.found()))) == html  # the same bytes from the same numbers
 
 
+def test_figures_are_valid_vega_lite(found):
+    drawn = source(found).figures
+    assert len(drawn) > 8
+    for figure in drawn:
+        figure.chart.to_dict(validate=True)
+    with pytest.raises(charts.schemapi.SchemaValidationError):
+        charts.alt.Chart(charts.data([])).mark_point(size="wide").to_dict(validate=True)
+
+
 def test_a_policys_name_cannot_leave_the_list_or_the_figures(found):
     """Names of policies are keys of params.yaml, and so anybody's."""
     text = json.dumps(found).replace('"ppo"', '"</script><b>ppo"')

@@ -128,7 +128,9 @@ def test_a_failure_starts_nothing_new_finishes_what_runs_and_is_shown_last(tmp_p
     assert status == 0 and "b starts" not in output and (folder / "end.out").exists()
 
 
-@pytest.mark.parametrize("victim", ["Ctrl-C", "main", "make", "dvc", "stage"])
+@pytest.mark.parametrize(
+    "victim", ["Ctrl-C", "stage", *(pytest.param(of, marks=pytest.mark.slow) for of in ("main", "make", "dvc"))]
+)
 def test_nothing_runs_on_and_nothing_is_lost_when_something_is_killed(tmp_path, victim):
     folder = toy(tmp_path / "toy", seconds=4.0)
     for name in ("start", "b"):

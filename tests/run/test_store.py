@@ -139,7 +139,9 @@ def test_a_store_is_made_aside(here):
     assert not list(here.glob(".mlflow.db*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["half", "noise", "a table too many"])
+@pytest.mark.parametrize(
+    "damage", ["half", *(pytest.param(of, marks=pytest.mark.slow) for of in ("noise", "a table too many"))]
+)
 def test_a_damaged_store_is_named_with_the_command_that_sets_it_aside(here, damage):
     store.experiment(store.STAGES)
     file = here / "mlflow.db"

@@ -9,10 +9,12 @@ import io
 import json
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import altair as alt
+from altair.utils import schemapi
 
 from rlhf_vs_dpo.report.words import Entry
 
@@ -198,9 +200,15 @@ def rule(values: list[float], colour: str = GREY, dash: list[int] | None = None,
     )
 
 
+def unchecked() -> AbstractContextManager[None]:
+    """Charts made herein are not held against the schema of Vega-Lite, which takes as long as all else; a test holds them."""
+    return schemapi.debug_mode(False)
+
+
 def spec(chart: Any, background: str = "transparent") -> dict[str, Any]:
     """A chart as Vega-Lite, with what all have in common."""
-    known = chart.to_dict()
+    with unchecked():
+        known = chart.to_dict(validate=False)
     known.pop("$schema", None)
     known["params"] = [{"name": "picked", "value": ""}, *known.get("params", [])]
     known["background"] = background
