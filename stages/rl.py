@@ -43,7 +43,8 @@ def main(
         settings, sampling = run.section("rl", method), run.section("sampling")
         torch.manual_seed(seed)
         adapter = run.section("adapter")
-        model, tokenizer = models.load_learner(sft, adapter, run.section("memory"))
+        half = settings.algorithm != "trpo"  # which needs float32 throughout
+        model, tokenizer = models.load_learner(sft, adapter, run.section("memory"), half)
         start = models.start_of(model, sft)
         policy, reference = Policy(model, sampling.temperature), Policy(start, sampling.temperature)
         train = tables.read_table(prompts, "prompts", "train")

@@ -310,7 +310,6 @@ def policies_of(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_mlflow_shows_a_row_per_policy_and_compares_four(browser, mlflow_ui):
     """Everything is waited for: the page draws rows, columns and charts one after another, slowly on a busy machine."""
     from selenium.common.exceptions import StaleElementReferenceException

@@ -227,6 +227,12 @@ def test_figures_are_valid_vega_lite(found):
         charts.alt.Chart(charts.data([])).mark_point(size="wide").to_dict(validate=True)
 
 
+def test_an_axis_of_roots_holds_all_there_is():
+    for values in ([0.0, 0.0], [-0.2, -0.1], [0.0, 16.0], [-0.1, 3.0]):
+        low, high = charts.span(values, "sqrt")
+        assert low < min(*values, 0.0) and max(values) < high
+
+
 def test_a_policys_name_cannot_leave_the_list_or_the_figures(found):
     """Names of policies are keys of params.yaml, and so anybody's."""
     text = json.dumps(found).replace('"ppo"', '"</script><b>ppo"')

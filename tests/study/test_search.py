@@ -119,6 +119,9 @@ def test_figures_and_summary_of_any_mixture_of_outcomes(tmp_path):
         ]
     )
     families = {"ppo": "rl", "dpo": "preference", "simpo": "preference"}
+    drawn = figures.made(trials, families, start, "preferred", dict.fromkeys(families, 1e12))
+    for chart in drawn.values():
+        chart.to_dict(validate=True)
     written = figures.draw(trials, families, start, "preferred", dict.fromkeys(families, 1e12), tmp_path)
     assert [path.name for path in written] == ["expected_best.png", "trials.png", "frontier.png", "compute.png"]
     assert all(path.stat().st_size > 5000 for path in written)

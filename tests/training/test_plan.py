@@ -1,5 +1,7 @@
 """A plan of memory is what is then measured, to within 20 %, and what cannot fit is refused before the first step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import gpt2, small_model
@@ -98,3 +100,73 @@ def test_networks_of_one_base_are_counted_once(tokenizer):
     added = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
     assert together.weights == alone.weights + added
     assert alone.gradients == added
+
+
+def made_up(**given: int) -> plan.Plan:
+    """A plan with round figures: 200 bytes for the longest example of 100 tokens, 2 for each token more, 2,000 always held."""
+    known = {"weights": 500, "gradients": 500, "optimiser": 1000, "activations": 1000, "cache": 0, "smallest": 200}
+    return plan.Plan(**known | {"longest": 100, "tokens": 500, "batch": 10_000, "held": 500} | given)
+
+
+@pytest.mark.parametrize(
+    ("room", "tokens"), [(2_000 + 1_000, 300), (2_000 + 10_000, 3_000), (2_000 + 200, 60), (2**30, 2**17)]
+)
+def test_on_a_gpu_a_micro_batch_fills_what_is_left(room, tokens, monkeypatch, capsys):
+    """Six tenths of it with activations: 200 + 2 (n - 100) bytes of n tokens."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), is_main_process=True)
+    monkeypatch.setattr(plan, "_room", lambda device, planned: room)
+    monkeypatch.delenv("RLHF_MICRO_TOKENS", raising=False)
+    assert plan.check(made_up(), 500, on_gpu, "x") == tokens
+    monkeypatch.setenv("RLHF_MICRO_TOKENS", "500")
+    assert plan.check(made_up(), 500, on_gpu, "x") == min(tokens, 500)
+    assert plan.check(made_up(), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=False), "x") == 500
+
+
+def test_a_plan_of_other_micro_batches():
+    assert made_up().of(3_000).activations == 200 + 2 * 2_900 and made_up().of(50).activations == 200
+    assert made_up().of(20_000).activations == 200 + 2 * 9_900  # there are no more than a batch has
+    assert made_up(cache=9_000).total == 2_000 + 9_000
+
+
+def test_what_samples_too_much_at_once_is_refused_for_that(monkeypatch):
+    monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000)
+    with pytest.raises(OutOfMemory, match=r"ppo needs .* to sample, and"):
+        plan.check(made_up(cache=9_000), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=True), "ppo")
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_copy_that_is_sampled_from_is_counted(adapted, half, tokenizer, monkeypatch):
+    monkeypatch.setattr(models, "in_half", lambda device: half)
+    adapter = Adapter(rank=2, alpha=4.0, targets="all", merge=False) if adapted else None
+    model = models.to_learn(small_model(tokenizer), adapter, None)
+    theirs = {p.data_ptr() for p in model.parameters()}
+    copied = [p for p in models.sampler(model).parameters() if p.data_ptr() not in theirs]
+    assert models.size_of_sampler(model) == sum(p.nbytes for p in copied)
+    assert any(p.dtype == torch.bfloat16 for p in model.parameters()) == (adapted and half)
+    full = models.to_learn(small_model(tokenizer), adapter, None, half=False)
+    assert all(p.dtype == torch.float32 for p in full.parameters())
+
+
+def test_memory_of_a_run_of_ppo(tokenizer):
+    """Policy and value network learn, reference and reward model are held, episodes and watched prompts are sampled."""
+    from test_training import rl_settings, scorer
+
+    from rlhf_vs_dpo.language.generation import bytes_of_row
+    from rlhf_vs_dpo.training import policy_gradient
+    from rlhf_vs_dpo.training.learner import Networks
+
+    policy, reference, reward = (
+        Policy(small_model(tokenizer), 1.0),
+        Policy(small_model(tokenizer), 1.0),
+        scorer(tokenizer),
+    )
+    learner = policy_gradient.new_learner(Networks(policy, reference, reward), [], rl_settings("ppo", episodes=8), 6, 0)
+    bytes_of = lambda network: sum(p.nbytes for p in network.parameters())  # noqa: E731
+    for watched, asked in ((0, 8), (100, 100), (1000, 256)):
+        found = policy_gradient.planned(learner, [[1, 5, 6, 7], [1, 5]], watched)
+        assert found.weights == found.held == 2 * bytes_of(policy) + 2 * bytes_of(reward)
+        assert found.gradients == bytes_of(policy) + bytes_of(reward) and found.longest == 10 and found.batch == 80
+        assert found.cache == asked * bytes_of_row(policy.model, 10)
+    two_layers = 2 * 32 * 10 * 4  # keys and values of ten tokens, float32
+    assert bytes_of_row(policy.model, 10) == two_layers + 32 * len(tokenizer)

@@ -16,7 +16,7 @@ from rlhf_vs_dpo.errors import ModelError, TrainingError
 from rlhf_vs_dpo.language import models, sharding
 from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens, word_tokenizer
+from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens, collate, word_tokenizer
 from rlhf_vs_dpo.training import optimise, policy_gradient, preference, supervised
 from rlhf_vs_dpo.training.learner import Networks
 from rlhf_vs_dpo.training.monitor import Record
@@ -101,6 +101,41 @@ def test_two_processes_with_a_part_each_train_as_one_with_all(loop, tmp_path, mo
     assert len({*json.loads((tmp_path / "counts.json").read_text())}) > 1  # micro-batches were uneven
 
 
+def in_half() -> None:
+    """A forward pass in parts in bf16, as a GPU makes it, keeps no weights for the backward pass; alone in its process."""
+    torch.distributed.init_process_group("gloo")
+    models.in_half = lambda device: True
+    tokenizer = word_tokenizer(WORDS)
+    whole, parts = (Policy(small_model(tokenizer, scale=1.5), 1.0) for _ in range(2))
+    root = sharding.shard(parts)
+    batch = collate(texts(0, tokenizer.eos_token_id)[:4], whole.pad)
+    with models.autocast(torch.device("cpu")):
+        expected = whole(batch)
+    found = root(batch)
+    assert torch.allclose(found.logp, expected.logp, atol=0.1) and found.logp.dtype == torch.float32
+    assert not torch.equal(found.logp, Policy(small_model(tokenizer, scale=1.5), 1.0)(batch).logp)
+    sizes = {p.numel() for layer in whole.model.model.layers for p in layer.parameters() if p.ndim == 2}
+    kept: list[torch.Tensor] = []
+    keep = lambda tensor: kept.append(tensor) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = root(batch)
+    weights = [
+        tensor for tensor in kept if tensor.dtype == torch.bfloat16 and tensor.numel() in sizes and tensor.ndim == 2
+    ]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in weights) == 0, len(weights)
+    (-found.sums().sum()).backward()
+    assert all(p.grad.dtype == torch.float32 for p in root.parameters() if p.grad is not None)
+
+
+def test_in_bf16_no_layer_stays_whole_until_the_backward_pass():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone", __file__, "half"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_what_cannot_be_in_parts_is_refused_by_name(tokenizer, monkeypatch):
     from rlhf_vs_dpo.config import Adapter
     from rlhf_vs_dpo.language import adapters
@@ -148,4 +183,4 @@ def main(loop: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    in_half() if sys.argv[1] == "half" else main(sys.argv[1], Path(sys.argv[2]))

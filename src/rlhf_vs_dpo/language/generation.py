@@ -46,17 +46,19 @@ def stream(seed: int, name: str, sample: int, length: int) -> np.ndarray:
     )
 
 
+def bytes_of_row(model: nn.Module, length: int) -> int:
+    """Bytes that a response of `length` tokens, prompt included, takes while it is sampled: keys, values, a distribution in double precision."""
+    return cache_of(model, 1, length) + 4 * 8 * model.config.get_text_config().vocab_size
+
+
 def rows_together(model: nn.Module, length: int, most: int | None = None) -> int:
     """How many responses are generated together, each of `length` tokens with its prompt; `most`, where it is given, or fewer.
 
-    On a GPU as many as an eighth of its memory holds (keys, values, and a distribution in double precision), a power of two from 16 to
-    2,048.
+    On a GPU as many as an eighth of its memory holds, by powers of two from 16 to 2,048.
     """
     if (device := next(model.parameters()).device).type != "cuda":
         return most or ROWS
-    words = model.get_input_embeddings().num_embeddings
-    row = cache_of(model, 1, length) + 4 * 8 * words
-    fitting = torch.cuda.get_device_properties(device).total_memory // (8 * row)
+    fitting = torch.cuda.get_device_properties(device).total_memory // (8 * bytes_of_row(model, length))
     return min(most or 2048, max(16, 2 ** (int(fitting).bit_length() - 1)))
 
 

@@ -1,6 +1,6 @@
 """A Llama run by hand, piece by piece, for whoever needs less of it than a whole batch at every place.
 
-What is no attention works on a flat list of tokens, without padding; projections of the same tokens are one product. Each piece is
+What is no attention works on a flat list of tokens, without padding; small projections of the same tokens are one product. Each piece is
 what transformers' Llama computes, to rounding (tests hold values, gradients and samples against the model as it comes).
 """
 

@@ -61,6 +61,7 @@ class Policy(Network):
     def __init__(self, model: nn.Module, temperature: float):
         super().__init__(model)
         self.temperature = temperature
+        self.again = False  # whether logits are computed again in the backward pass however few they are
 
     @property
     def eos(self) -> int:
@@ -72,7 +73,7 @@ class Policy(Network):
         mask, temperature = batch.response_mask, temperature or self.temperature
         hidden, chosen = states(self.model, batch, before(mask)), batch.input_ids[mask]
         rows = max(1, AT_ONCE // self.vocabulary)
-        if len(hidden) <= rows:
+        if len(hidden) <= rows and not self.again:
             logp, spread = self._read(hidden, chosen, temperature, entropy)
         else:  # of a large vocabulary, logits of some tokens at a time; backward computes them again and keeps none
             parts = [

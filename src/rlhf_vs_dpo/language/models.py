@@ -32,14 +32,17 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def in_half(device: torch.device) -> bool:
+    """Whether forward passes on a device run in bf16: on a GPU that has it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def autocast(device: torch.device, cached: bool = True):
     """bf16 on a GPU that has it, float32 elsewhere: the precision of every forward pass of the project.
 
     cached    whether what is cast once is kept until the end
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=cached)
-    return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cached) if in_half(device) else nullcontext()
 
 
 def in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -76,9 +79,7 @@ def recompute(model: nn.Module) -> nn.Module:
 
 def light(model: nn.Module) -> nn.Module:
     """On a GPU, hold matrices that do not learn in bf16, the form in which `autocast` reads them: the same numbers, half the memory."""
-    if device().type == "cuda" and torch.cuda.is_bf16_supported():
-        in_bf16(model)
-    return model
+    return in_bf16(model) if in_half(device()) else model
 
 
 def in_bf16(model: nn.Module, learning: bool = False) -> nn.Module:
@@ -99,7 +100,7 @@ def sampler(model: nn.Module) -> nn.Module:
     `autocast` would cast float32 matrices again for every token.
     """
     merged = sharding.whole(adapters.merged(model))
-    if device().type != "cuda" or not torch.cuda.is_bf16_supported():
+    if not in_half(device()):
         return merged
     return in_bf16(copy.deepcopy(merged, {id(p): p for p in merged.parameters()}), learning=True)
 
@@ -110,10 +111,9 @@ def size_of_sampler(model: nn.Module) -> int:
         found = sharding.size_of_whole(model)
     else:
         found = sum(of.get_base_layer().weight.nbytes for of in adapters.attached(model).values())
-    if device().type == "cuda" and torch.cuda.is_bf16_supported():
-        found += sum(
-            2 * of.weight.numel() for _, of in adapters.linear(model.base_model) if of.weight.dtype == torch.float32
-        )
+    if in_half(device()):
+        matrices = [layer.weight for name, layer in adapters.linear(model.base_model) if ".lora_" not in name]
+        found += sum(2 * weight.numel() for weight in matrices if weight.dtype == torch.float32)
     return found
 
 
@@ -281,20 +281,22 @@ def load_policy(folder: Path):
     return light(freeze(adapters.merged(model)).to(device())), tokenizer
 
 
-def load_learner(folder: Path, adapter: Adapter | None = None, memory: Memory | None = None):
+def load_learner(folder: Path, adapter: Adapter | None = None, memory: Memory | None = None, half: bool = True):
     """(model, tokenizer) of a folder that a stage wrote, to be trained: float32, dropout off, in eval mode, on `device()`.
 
     adapter     low-rank adapters that learn in the place of all weights
     memory      what is given for memory: activations computed again, weights in parts
+    half        whether the frozen matrices below adapters may be held in bf16, on a GPU
     """
     model, tokenizer = load_own(folder, "AutoModelForCausalLM")
-    return to_learn(model, adapter, memory).to(device()), tokenizer
+    return to_learn(model, adapter, memory, half).to(device()), tokenizer
 
 
-def to_learn(model: nn.Module, adapter: Adapter | None, memory: Memory | None) -> nn.Module:
+def to_learn(model: nn.Module, adapter: Adapter | None, memory: Memory | None, half: bool = True) -> nn.Module:
     """A model as it is trained (see `load_learner`)."""
     if adapter is not None:
-        light(adapters.attach(model, adapter))
+        adapters.attach(model, adapter)
+        model = light(model) if half else model
     if memory is None:
         return model
     model.shard = memory.sharding

@@ -47,25 +47,28 @@ def shard(network: nn.Module) -> nn.Module:
     """
     from accelerate import PartialState
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from rlhf_vs_dpo.language import adapters
+    from rlhf_vs_dpo.language.models import in_half
 
     model = network.model
     if adapters.attached(model):
         raise ModelError(
             "`memory.sharding` and `adapter` cannot be used together: set one of them to false or null in params.yaml"
         )
-    device = PartialState(cpu=not torch.cuda.is_available()).device.type
+    device = PartialState(cpu=not torch.cuda.is_available()).device
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     vars(model)[SKELETON] = copy.deepcopy(model, empty)
-    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     parts = [module for module in model.modules() if type(module).__name__ in kinds]
-    root = Root(network)
+    root, plain = Root(network), MixedPrecisionPolicy()
+    # Layers are gathered in the form in which they are read: what `autocast` casts of them would be kept until the backward pass.
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*parts, root):
-        fully_shard(module, mesh=mesh)
-        if device == "cpu":  # gloo's average is a sum (pytorch#162338)
+        fully_shard(module, mesh=mesh, mp_policy=half if in_half(device) and module is not root else plain)
+        if device.type == "cpu":  # gloo's average is a sum (pytorch#162338)
             module.set_force_sum_reduction_for_comms(True)
     vars(network)[ROOT], vars(model)[PARTS] = root, [*parts, root]
     return root

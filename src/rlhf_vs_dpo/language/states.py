@@ -6,7 +6,7 @@ log-probabilities and values; at the last one, for a reward. A Llama is therefor
 - a prompt that several responses share is read once: tokens of prompts and tokens of responses are two kinds of rows, and a response
   attends to the keys and values of its prompt;
 - in the last layer a place that nobody reads is a key and a value alone: its query, attention and feed-forward are left out;
-- what is no attention works on a flat list of tokens, without padding, and projections of the same tokens are one product.
+- what is no attention works on a flat list of tokens, without padding, and small projections of the same tokens are one product.
 
 What is read is the same, to rounding (a test holds values and gradients against the model as it comes). Any other model runs as it comes.
 """

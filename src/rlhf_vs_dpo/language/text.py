@@ -250,7 +250,7 @@ def micro_batches(
     Returns lists of indices into `lengths` (longest first, so that memory peaks at once), at least `at_least` of
     them: with several processes each must run as many backward passes as the others. One example is never split.
 
-    made    how many examples the first micro-batches have, where they are done already, perhaps by a device of another size
+    made    how many examples the first micro-batches have, where they are done already: by a device of another size they may be larger
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     groups: list[list[int]] = []

@@ -124,7 +124,9 @@ def span(values: Iterable[float | None], scale: Scale = "linear") -> list[float]
     if scale == "log":
         return [low / 1.3, high * 1.3]
     if scale == "sqrt":
-        return [min(low, 0.0) - 0.003 * high, 1.1 * high]
+        high = max(high, 0.0)
+        room = high or 0.5
+        return [1.1 * min(low, 0.0) - 0.003 * room, high + 0.1 * room]
     room = 0.06 * (high - low) or 0.5
     return [low - room, high + room]
 

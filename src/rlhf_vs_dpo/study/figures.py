@@ -38,7 +38,15 @@ def draw(
     upstream: dict[str, float],
     folder: Path,
 ) -> list[Path]:
-    """Write all figures as PNG.
+    """Write all figures (see `made`) as PNG."""
+    charts = made(trials, families, start, criterion, upstream)
+    return save([Figure(name, "", "", chart) for name, chart in charts.items()], folder)
+
+
+def made(
+    trials: pd.DataFrame, families: dict[str, str], start: dict[str, float], criterion: str, upstream: dict[str, float]
+) -> dict[str, Any]:
+    """All figures by name, as charts of altair.
 
     trials      of all methods, a `trials` table
     families    method -> its family
@@ -47,13 +55,12 @@ def draw(
     """
     study = _Study(trials, families, start, criterion, upstream)
     with unchecked():
-        made = {
+        return {
             "expected_best": study.expected_best(),
             "trials": study.strips(),
             "frontier": study.frontier(),
             "compute": study.compute(),
         }
-    return save([Figure(name, "", "", chart) for name, chart in made.items()], folder)
 
 
 class _Study:

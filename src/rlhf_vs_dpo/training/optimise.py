@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_vs_dpo.config import Training
 from rlhf_vs_dpo.errors import OutOfMemory, TrainingError
 from rlhf_vs_dpo.language import sharding
-from rlhf_vs_dpo.language.models import Network
+from rlhf_vs_dpo.language.models import Network, device, in_half
 from rlhf_vs_dpo.language.text import micro_batches
 
 Log = Callable[[dict[str, float], int], None]
@@ -27,9 +27,7 @@ T = TypeVar("T")
 
 def accelerator() -> Accelerator:
     """Accelerate on the GPU of this process in bf16 where it has it, on the CPU in float32."""
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported()
-    return Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no")
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if in_half(device()) else "no")
 
 
 def scheduled(kind: str, step: int, steps: int, warmup: float) -> float:

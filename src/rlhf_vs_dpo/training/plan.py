@@ -37,8 +37,10 @@ class Plan(NamedTuple):
     activations  what a micro-batch keeps for the backward pass, and what its head holds at the start of that
     cache        keys, values and the sampler's copy of the policy, while responses are sampled
     smallest     activations of the longest example alone: a micro-batch cannot be less
-    tokens       padded tokens that `activations` are of
-    batch        padded tokens of a process's share of a batch
+    longest      padded tokens of that example
+    tokens       padded tokens that `activations` are of, as many or more
+    batch        padded tokens of a process's share of a batch, as many as those or more
+    held         what is there before the first step: weights, and the copy of gradients that several processes exchange
     """
 
     weights: int
@@ -47,8 +49,10 @@ class Plan(NamedTuple):
     activations: int
     cache: int
     smallest: int
+    longest: int
     tokens: int
     batch: int
+    held: int
 
     @property
     def always(self) -> int:
@@ -60,13 +64,25 @@ class Plan(NamedTuple):
         """At the worst moment: sampling and backward passes take turns."""
         return self.always + max(self.activations, self.cache)
 
+    @property
+    def of_token(self) -> float:
+        """Bytes of activations for each token beyond those of the longest example; some of what that one needs is there but once."""
+        if self.tokens == self.longest:
+            return self.smallest / self.longest
+        return (self.activations - self.smallest) / (self.tokens - self.longest)
+
+    def fitting(self, room: float) -> int:
+        """How many padded tokens have activations of so many bytes."""
+        return int(self.longest + (room - self.smallest) / max(self.of_token, 1e-9))
+
+    def of(self, tokens: int) -> "Plan":
+        """The plan with micro-batches of so many padded tokens, of which a batch may have fewer."""
+        more = self.of_token * (min(tokens, self.batch) - self.longest)
+        return self._replace(activations=self.smallest + max(round(more), 0), tokens=max(tokens, self.longest))
+
     def __str__(self) -> str:
-        parts = {
-            name: value
-            for name, value in self._asdict().items()
-            if value and name not in ("smallest", "tokens", "batch")
-        }
-        return ", ".join(f"{name} {readable(value)}" for name, value in parts.items())
+        parts = {name: getattr(self, name) for name in ("weights", "gradients", "optimiser", "activations", "cache")}
+        return ", ".join(f"{name} {readable(value)}" for name, value in parts.items() if value)
 
 
 def readable(size: float) -> str:
@@ -107,9 +123,10 @@ def plan(
         first, more = _at_worst(network, loss, weights.keys())
         activations = max(activations, round(first + (tokens / longest - 1) * more) + _of_head(network, tokens))
         smallest = max(smallest, first + _of_head(network, longest))
+    exchanged = learned if processes > 1 else 0
     return Plan(
-        weights=sum(weights.values()), gradients=learned * (2 if processes > 1 else 1), optimiser=2 * learned,
-        activations=activations, cache=cache, smallest=smallest, tokens=tokens, batch=batch,
+        weights=sum(weights.values()), gradients=learned + exchanged, optimiser=2 * learned, activations=activations, cache=cache,
+        smallest=smallest, longest=longest, tokens=tokens, batch=batch, held=sum(weights.values()) + exchanged,
     )  # fmt: skip
 
 
@@ -125,30 +142,27 @@ def _at_worst(network: nn.Module, loss: Callable[[int], Tensor], weights: Collec
 
     Where layers compute theirs again, that of one layer are there besides what is kept, and their gradients.
     """
-    device, words = next(network.parameters()).device, getattr(network, "vocabulary", None)
+    device = next(network.parameters()).device
     again = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
-    sizes = [kept(partial(loss, count), device, weights, words) for count in (1, 2)]
+    network.again = True  # the head of a Policy then keeps nothing
+    sizes = [kept(partial(loss, count), device, weights) for count in (1, 2)]
     if again:
         for layer in again:
             layer.gradient_checkpointing = False
-        whole = [kept(partial(loss, count), device, weights, words) for count in (1, 2)]
+        whole = [kept(partial(loss, count), device, weights) for count in (1, 2)]
         for layer in again:
             layer.gradient_checkpointing = True
         sizes = [size + round(LAYER * (all_ - size) / len(again)) for size, all_ in zip(sizes, whole, strict=True)]
+    network.again = False
     return sizes[0], sizes[1] - sizes[0]
 
 
-def kept(
-    forward: Callable[[], Tensor], device: torch.device, weights: Collection[int] = (), words: int | None = None
-) -> int:
-    """Bytes that a forward pass in the precision of training keeps for its backward pass, apart from `weights` (where they lie) and from
-    distributions over `words`."""
+def kept(forward: Callable[[], Tensor], device: torch.device, weights: Collection[int] = ()) -> int:
+    """Bytes that a forward pass in the precision of training keeps for its backward pass, apart from `weights` (where they lie)."""
     sizes: dict[int, int] = {}
     held: list[Tensor] = []  # until all are counted: a place that is given back would be given to another tensor
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.shape[-1:] == (words,):
-            return tensor
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         held.append(tensor)
@@ -170,17 +184,16 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
     room = _room(accelerate.device, planned)
     least = planned.always + max(planned.smallest, planned.cache)
     if least > room:
+        doing = "for one example at a time" if planned.smallest >= planned.cache else "to sample"
         raise OutOfMemory(
-            f"{what} needs {readable(least)} for one example at a time, and this device has {readable(room)} ({planned}). In params.yaml, "
+            f"{what} needs {readable(least)} {doing}, and this device has {readable(room)} ({planned}). In params.yaml, "
             "set `memory.gradient_checkpointing: true`, train an `adapter`, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens`; "
             "or take a smaller model, or a device with more memory"
         )
     if accelerate.device.type == "cuda":
-        fill = FILLED * (room - planned.always) / max(planned.activations, 1)
-        fitting = max(1, min(MOST, int(planned.tokens * fill)))
+        fitting = max(1, min(MOST, planned.fitting(FILLED * (room - planned.always))))
         tokens = sharding.least(min(fitting, tokens) if "RLHF_MICRO_TOKENS" in os.environ else fitting)
-        scale = min(tokens, planned.batch) / planned.tokens
-        planned = planned._replace(activations=max(planned.smallest, round(scale * planned.activations)))
+        planned = planned.of(tokens)
     if accelerate.is_main_process and planned.total > SAID_FROM * room:
         print(
             f"{what}, memory: {planned}; {readable(planned.total)} of {readable(room)} at once, {tokens:,} tokens in a micro-batch",
@@ -190,8 +203,8 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
 
 
 def _room(device: torch.device, planned: Plan) -> int:
-    """Bytes of the device that are free, the weights that lie there already included."""
+    """Bytes of the device that are free, with those that the plan counts and that are held already."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + cached + planned.weights)
-    return int(psutil.virtual_memory().available) + planned.weights
+        return int(torch.cuda.mem_get_info(device)[0] + cached + planned.held)
+    return int(psutil.virtual_memory().available) + planned.held

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language import adapters, sharding
-from rlhf_vs_dpo.language.continuation import cache_of
-from rlhf_vs_dpo.language.generation import rows_together
+from rlhf_vs_dpo.language.generation import bytes_of_row, rows_together
 from rlhf_vs_dpo.language.heads import Scorer
+from rlhf_vs_dpo.language.logprobs import AT_ONCE
 from rlhf_vs_dpo.language.models import autocast, freeze, size_of_sampler
 from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, check_context, collate
@@ -76,6 +76,8 @@ def train(
     learner.memory.tokens = plan.check(
         planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what
     )
+    if settings.algorithm == "trpo":  # it needs whole distributions, with their graphs
+        learner.memory.tokens = min(learner.memory.tokens, max(1, AT_ONCE // networks.policy.vocabulary))
     rng = np.random.default_rng(seed)  # the same on every process
     distinct = settings.episodes // settings.samples_per_prompt
     # What an iteration hands to the next: prompts that are still to be asked, the KL coefficient, tokens generated and read.
@@ -175,7 +177,7 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     length, processes = len(whole[0]), learner.accelerate.num_processes
     episodes = -(-learner.settings.episodes // processes)
     asked = min(rows_together(policy.model, length), max(episodes, watched))
-    cache = cache_of(policy.model, asked, length) + size_of_sampler(policy.model)
+    cache = asked * bytes_of_row(policy.model, length) + size_of_sampler(policy.model)
     return plan.plan(learning, length, learner.memory.tokens, episodes, (reference, reward), cache, processes)
 
 
