@@ -28,6 +28,25 @@ def test_rl_runs_and_its_invariants_hold(tokenizer, method):
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
 
 
+@pytest.mark.parametrize("method", ["ppo", "trpo"])
+def test_rl_with_adapters_runs(tokenizer, method):
+    """Frozen matrices are held in bf16, but not for TRPO, which reads them in float32."""
+    from rlhf_vs_dpo.config import Adapter
+    from rlhf_vs_dpo.language import adapters, models
+
+    rows = []
+    adapter = Adapter(rank=4, alpha=8.0, targets="all", merge=False)
+    model = models.to_learn(small_model(tokenizer, scale=2.0), adapter, None, half=method != "trpo").cuda()
+    assert any(p.dtype == torch.bfloat16 for p in model.parameters()) == (method != "trpo")
+    ids = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]] * 8
+    policy_gradient.train(
+        Networks(Policy(model, 1.0), Policy(adapters.switched_off(model), 1.0), scorer(tokenizer).cuda()),
+        Prompts(ids, [f"p{i}" for i in range(16)]), [], rl_settings(method).model_copy(update={"iterations": 2}), 6, 0,
+        Record(NoWatch(), lambda m, s: rows.append(m), "x"),
+    )  # fmt: skip
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+
+
 def test_simpo_runs(tokenizer, examples):
     rows = []
     policy = Policy(small_model(tokenizer).cuda(), 1.0)
