@@ -36,7 +36,7 @@ class Size(NamedTuple):
     max_new_tokens: int
 
 
-SIZES = {"tiny": Size(16, 1, 16, 1, 8), "small": Size(64, 30, 128, 6, 40), "large": Size(4, 3, 8, 2, 24)}
+SIZES = {"tiny": Size(16, 1, 16, 1, 8), "small": Size(64, 30, 128, 6, 40), "large": Size(4, 10, 8, 5, 24)}
 EPOCHS, GENERATIONS, BETA, CLIP = 4, 4, 0.1, 0.2
 
 
