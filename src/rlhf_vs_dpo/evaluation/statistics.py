@@ -23,6 +23,9 @@ lines, that have t_i, there are two ways to add up,
 
 and the half width used is their mean: it covers 94 to 98 % with three lines or more, and up to 99 % where lines differ by the noise
 of single answers alone (tests/evaluation/test_statistics.py).
+
+A p-value is of the second way alone: corrected for twelve questions it has to hold far out in the tails, where the first is too short
+(tests/evaluation/test_questions.py).
 """
 
 from collections.abc import Callable
@@ -81,8 +84,8 @@ class Estimate:
         """Of a true value of 0: the smallest alpha whose interval leaves 0 out; None where there is no interval.
 
         That interval is of the bootstrap's variances and Student's t: a share of resamples could not be smaller than one in
-        their number, which is too coarse to be corrected for many comparisons. (With one line the interval shown is of
-        percentiles, and may disagree with p near the edge.)
+        their number, which is too coarse to be corrected for many comparisons. It is the wider of the two ways to add up (see above), and
+        with one line that shown is of percentiles: near the edge, p and the interval shown may disagree.
         """
         if self.interval() == NOTHING:
             return None
@@ -90,7 +93,7 @@ class Estimate:
         parts = self._parts()
 
         def beyond(log_alpha: float) -> float:
-            return _half_width(parts, float(np.exp(log_alpha))) - abs(self.value)
+            return _wide(parts, float(np.exp(log_alpha))) - abs(self.value)
 
         smallest = np.log(1e-12)
         if np.nanvar(self.draws) == 0 or beyond(0.0) > 0:  # a half width of 0 at alpha = 1
@@ -123,9 +126,12 @@ def _half_width(parts: list[tuple[float, float]], alpha: float) -> float:
     if not total > 0:
         return 0.0
     together = total**2 / sum(variance**2 / count for variance, count in parts)
-    narrow = total**0.5 * _student(alpha / 2, together)
-    wide = sum(variance * _student(alpha / 2, count) ** 2 for variance, count in parts) ** 0.5
-    return (narrow + wide) / 2
+    return (total**0.5 * _student(alpha / 2, together) + _wide(parts, alpha)) / 2
+
+
+def _wide(parts: list[tuple[float, float]], alpha: float) -> float:
+    """Half the width of the wider of the two intervals (Zou and Donner 2008)."""
+    return sum(variance * _student(alpha / 2, count) ** 2 for variance, count in parts) ** 0.5
 
 
 def _student(tail: float, freedom: float) -> float:
