@@ -168,5 +168,5 @@ def test_memory_of_a_run_of_ppo(tokenizer):
         assert found.weights == found.held == 2 * bytes_of(policy) + 2 * bytes_of(reward)
         assert found.gradients == bytes_of(policy) + bytes_of(reward) and found.longest == 10 and found.batch == 80
         assert found.cache == asked * bytes_of_row(policy.model, 10)
-    two_layers = 2 * 32 * 10 * 4  # keys and values of ten tokens, float32
-    assert bytes_of_row(policy.model, 10) == two_layers + 32 * len(tokenizer)
+    cache = 2 * 32 * 10 * 4  # keys and values of ten tokens in one layer, float32
+    assert bytes_of_row(policy.model, 10) == cache + 32 * len(tokenizer)

@@ -203,7 +203,7 @@ def rule(values: list[float], colour: str = GREY, dash: list[int] | None = None,
 
 
 def unchecked() -> AbstractContextManager[None]:
-    """Charts made herein are not held against the schema of Vega-Lite, which takes as long as all else; a test holds them."""
+    """Within it, charts are not checked against Vega-Lite's schema: that takes as long as drawing them. Tests check them."""
     return schemapi.debug_mode(False)
 
 
