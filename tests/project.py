@@ -181,12 +181,13 @@ def reproduce(folder: Path, only: re.Pattern[str] | None = None, file: str = "dv
     """
     from dvc.repo import Repo
 
-    for name, (words, _) in stages(folder, file).items():
-        if only is None or only.fullmatch(name):
-            with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):
-                assert command(words) == 0, name
-                if only is None:
-                    with Repo() as repo:
+    todo = stages(folder, file)
+    with Repo(folder) as repo:
+        for name, (words, _) in todo.items():
+            if only is None or only.fullmatch(name):
+                with inside(folder, DVC_STAGE=name, DVC_ROOT=str(folder), MLFLOW_TRACKING_URI=None):
+                    assert command(words) == 0, name
+                    if only is None:
                         repo.commit(name, force=True)
 
 

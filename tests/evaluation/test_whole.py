@@ -181,18 +181,7 @@ def variants():
         {},
         lambda inputs: replace(inputs, policies=inputs.policies.model_copy(update={"best_of_n": []})),
     )
-    yield (
-        "one answer",
-        {},
-        lambda inputs: replace(inputs, samples={f: t[t["sample"] == 0] for f, t in inputs.samples.items()}),
-    )
-    yield (
-        "no fillers",
-        {},
-        lambda inputs: replace(
-            inputs, pairs={s: p | {"filler": {"chosen": None, "rejected": None}} for s, p in inputs.pairs.items()}
-        ),
-    )
+    yield "one answer, no fillers, a smaller pool", {}, sparse
     yield (
         "no pairs of ours",
         {},
@@ -201,12 +190,14 @@ def variants():
     yield "no gold", {}, without_gold
     yield "a judge in the annotator's place", {}, judged
     yield "a line that never ends", {"collapsed": ("dpo-1",)}, lambda inputs: without_gold(silent(inputs, "dpo-1"))
-    yield (
-        "a smaller pool",
-        {},
-        lambda inputs: replace(
-            inputs, pool={s: p[(p["split"] != "test") | (p["prompt_id"] < "p020")] for s, p in inputs.pool.items()}
-        ),
+
+
+def sparse(inputs):
+    return replace(
+        inputs,
+        samples={f: t[t["sample"] == 0] for f, t in inputs.samples.items()},
+        pairs={s: p | {"filler": {"chosen": None, "rejected": None}} for s, p in inputs.pairs.items()},
+        pool={s: p[(p["split"] != "test") | (p["prompt_id"] < "p020")] for s, p in inputs.pool.items()},
     )
 
 

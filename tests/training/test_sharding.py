@@ -21,6 +21,7 @@ from rlhf_vs_dpo.training import optimise, policy_gradient, preference, supervis
 from rlhf_vs_dpo.training.learner import Networks
 from rlhf_vs_dpo.training.monitor import Record
 
+LOOPS = ["sft", "dpo", "ppo"]
 TRAINING = Training(
     steps=5, batch=8, learning_rate=3e-3, schedule="constant", warmup=0.0, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-8
 )  # fmt: skip
@@ -79,26 +80,38 @@ def losses(loop: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     return [row[name] for row in rows for name in names], policy.model.state_dict()
 
 
-@pytest.mark.parametrize("loop", ["sft", "dpo", "ppo"])
-def test_two_processes_with_a_part_each_train_as_one_with_all(loop, tmp_path, monkeypatch):
-    monkeypatch.setattr(Policy, "budget", 40)  # tokens of a micro-batch: some processes have more of them than others
-    alone, weights = losses(loop)
+def on_processes(count: int, *words: str) -> None:
+    """Run this file on so many processes."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", __file__, loop, str(tmp_path)],
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone", __file__, *words],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """What two processes found, in a folder for each loop."""
+    folder = tmp_path_factory.mktemp("together")
+    on_processes(2, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_two_processes_with_a_part_each_train_as_one_with_all(loop, together, monkeypatch):
+    monkeypatch.setattr(Policy, "budget", 40)  # tokens of a micro-batch: some processes have more of them than others
+    alone, weights = losses(loop)
     for rank in (0, 1):
-        together = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert together == pytest.approx(alone, rel=2e-4, abs=2e-5)
-        whole = torch.load(tmp_path / f"{rank}.pt")
+        found = json.loads((together / loop / f"{rank}.json").read_text())
+        assert found == pytest.approx(alone, rel=2e-4, abs=2e-5)
+        whole = torch.load(together / loop / f"{rank}.pt")
         assert whole.keys() == weights.keys()
         for name, value in weights.items():
             torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-5)
-    held, all_of_it = json.loads((tmp_path / "held.json").read_text())
+    held, all_of_it = json.loads((together / loop / "held.json").read_text())
     assert held < 0.6 * all_of_it  # each process holds half of what learns, padded to equal shares
-    assert len({*json.loads((tmp_path / "counts.json").read_text())}) > 1  # micro-batches were uneven
+    assert len({*json.loads((together / loop / "counts.json").read_text())}) > 1  # micro-batches were uneven
 
 
 def in_half() -> None:
@@ -128,12 +141,7 @@ def in_half() -> None:
 
 
 def test_in_bf16_no_layer_stays_whole_until_the_backward_pass():
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone", __file__, "half"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_processes(1, "half")
 
 
 def test_what_cannot_be_in_parts_is_refused_by_name(tokenizer, monkeypatch):
@@ -152,10 +160,12 @@ def test_what_cannot_be_in_parts_is_refused_by_name(tokenizer, monkeypatch):
         policy_gradient.new_learner(Networks(policy, policy, scorer(tokenizer)), [], rl_settings("trpo"), 4, 0)
 
 
-def main(loop: str, folder: Path) -> None:
-    """On one of two processes."""
+def main(folder: Path) -> None:
+    """All loops, on one of two processes."""
     Policy.budget = 40
-    rank, shard, held = os.environ["RANK"], sharding.shard, []
+    rank, shard, share = os.environ["RANK"], sharding.shard, optimise.micro_batches
+    held: list[list[int]] = []
+    counts: list[int] = []
 
     def seen(network):
         root = shard(network)
@@ -165,22 +175,23 @@ def main(loop: str, folder: Path) -> None:
             )
         return root
 
-    sharding.shard = seen
-    counts, share = [], optimise.micro_batches
-
     def noted(lengths, tokens, at_least=1):
         groups = share(lengths, tokens, at_least)
         counts.append(len(groups))
         return groups
 
-    optimise.micro_batches = noted
-    rows, weights = losses(loop)
-    (folder / f"{rank}.json").write_text(json.dumps(rows))
-    torch.save(weights, folder / f"{rank}.pt")
-    if rank == "0":
-        (folder / "held.json").write_text(json.dumps(held[0]))
-        (folder / "counts.json").write_text(json.dumps(counts))
+    sharding.shard, optimise.micro_batches = seen, noted
+    for loop in LOOPS:
+        held.clear()
+        counts.clear()
+        rows, weights = losses(loop)
+        (folder / loop).mkdir(exist_ok=True)
+        (folder / loop / f"{rank}.json").write_text(json.dumps(rows))
+        torch.save(weights, folder / loop / f"{rank}.pt")
+        if rank == "0":
+            (folder / loop / "held.json").write_text(json.dumps(held[0]))
+            (folder / loop / "counts.json").write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":
-    in_half() if sys.argv[1] == "half" else main(sys.argv[1], Path(sys.argv[2]))
+    in_half() if sys.argv[1] == "half" else main(Path(sys.argv[1]))
