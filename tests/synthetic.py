@@ -1,6 +1,7 @@
 """A finished run made up of numbers whose truth is known: what `evaluate` reads, without a model behind it."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,11 @@ def settings(**changes):
 
 def found(**of):
     """What `evaluate` would write, read back from JSON."""
+    return json.loads(_written(**of))
+
+
+@cache
+def _written(**of) -> str:
     results = whole.compare(inputs(**of), settings(), 0)
     results["judges"] = {
         "llm": {
@@ -138,4 +144,4 @@ def found(**of):
             "shown_first": 0.7, "agreement": {"gold": 0.8},
         }
     }  # fmt: skip
-    return json.loads(json.dumps(results))
+    return json.dumps(results)

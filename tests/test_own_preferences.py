@@ -52,7 +52,8 @@ def own_project(folder: Path, form: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", [pytest.param("explicit", marks=pytest.mark.slow), "conversational"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["explicit", "conversational"])
 def test_own_preferences_become_pairs_whatever_their_form(form, tmp_path):
     folder = own_project(tmp_path / "project", form)
     change(folder, "policies.preference", ["dpo"])  # online DPO would ask the annotator, and there is none

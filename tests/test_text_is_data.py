@@ -11,7 +11,7 @@ from test_report import source
 
 from rlhf_vs_dpo import config, tables
 from rlhf_vs_dpo.errors import DataError
-from rlhf_vs_dpo.report import content, markdown, page
+from rlhf_vs_dpo.report import content, figures, markdown, page
 from rlhf_vs_dpo.report.marks import visible
 from rlhf_vs_dpo.sources import files
 from rlhf_vs_dpo.sources.forms import chat_renderer
@@ -62,12 +62,13 @@ def test_half_a_character_is_no_text_and_its_line_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(set(NASTY) - {"long"}))
-def test_the_report_shows_it_and_obeys_nothing(kind):
+def test_the_report_shows_it_and_obeys_nothing(kind, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda *_: [])
     found = synthetic.found(seeds=(0,))
     text = NASTY[kind]
     made = source(found, pd.DataFrame())
     said = {method: dict.fromkeys(of, f"{text} said") for method, of in made.samples.items()}
-    made = replace(made, prompts=made.prompts.assign(prompt=f"{text} asked"), samples=said, figures=[])
+    made = replace(made, prompts=made.prompts.assign(prompt=f"{text} asked"), samples=said)
     blocks = content.texts(made)
     html, text_form = page.render(blocks), markdown.render(blocks)
     for shown in (html, text_form):
