@@ -130,7 +130,7 @@ def test_a_plan_of_other_micro_batches():
 
 def test_what_samples_too_much_at_once_is_refused_for_that(monkeypatch):
     monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000)
-    with pytest.raises(OutOfMemory, match=r"ppo needs .* to sample, and"):
+    with pytest.raises(OutOfMemory, match=r"ppo needs .* to sample, and .* lower `rl.defaults.episodes` and `monitor.prompts`, "):
         plan.check(made_up(cache=9_000), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=True), "ppo")
 
 

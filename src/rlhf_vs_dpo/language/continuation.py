@@ -96,9 +96,8 @@ class OfLlama:
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, (n,) int64, some of them several times or not at all."""
         self.place, self.logits = self.place[rows], self.logits[rows]
-        for number, (keys, values) in enumerate(
-            self.cache
-        ):  # one layer after another: two caches at once would not fit
+        # One layer after another: two caches at once would not fit.
+        for number, (keys, values) in enumerate(self.cache):
             self.cache[number] = keys.index_select(0, rows), values.index_select(0, rows)
 
 

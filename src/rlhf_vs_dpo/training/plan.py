@@ -184,10 +184,12 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
     room = _room(accelerate.device, planned)
     least = planned.always + max(planned.smallest, planned.cache)
     if least > room:
-        doing = "for one example at a time" if planned.smallest >= planned.cache else "to sample"
+        doing, first = "for one example at a time", "set `memory.gradient_checkpointing: true`"
+        if planned.cache > planned.smallest:
+            doing, first = "to sample", "lower `rl.defaults.episodes` and `monitor.prompts`"
         raise OutOfMemory(
             f"{what} needs {readable(least)} {doing}, and this device has {readable(room)} ({planned}). In params.yaml, "
-            "set `memory.gradient_checkpointing: true`, train an `adapter`, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens`; "
+            f"{first}, train an `adapter`, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens`; "
             "or take a smaller model, or a device with more memory"
         )
     if accelerate.device.type == "cuda":

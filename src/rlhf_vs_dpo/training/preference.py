@@ -19,7 +19,7 @@ from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.supervised import as_training, fit, work_of_pairs
 
-CHECKED = 32  # pairs whose log-probabilities are held against the stored ones before the first step
+CHECKED = 8  # pairs whose log-probabilities are held against the stored ones before the first step
 NEEDS_REFERENCE = {"dpo": True, "cdpo": True, "ipo": True, "ln_dpo": True, "simpo": False}
 
 
