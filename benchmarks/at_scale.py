@@ -173,15 +173,9 @@ def training(loop: str, shape: Shape, text: int, peak: float, profile: bool):
     from rlhf_vs_dpo.language.heads import Scorer
     from rlhf_vs_dpo.language.logprobs import Policy
     from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens
+    from rlhf_vs_dpo.run.progress import Record
     from rlhf_vs_dpo.training import attempts, plan, policy_gradient, preference, supervised
     from rlhf_vs_dpo.training.learner import Networks
-    from rlhf_vs_dpo.training.monitor import Record
-
-    class NoWatch:
-        asked = 0
-
-        def watch(self, policy, step, log):
-            pass
 
     planned, times, improving = [], [], []
     check = plan.check
@@ -215,7 +209,7 @@ def training(loop: str, shape: Shape, text: int, peak: float, profile: bool):
     tokens, read = shape.texts * text, shape.texts * response
     if loop == "sft":
         rows = Examples(said(len(names)), names)
-        run = partial(supervised.likelihood, policy, rows, settings, 0, log, loop)
+        run = partial(supervised.likelihood, policy, rows, settings, 0, Record(log, loop))
         needed = flops(shape, tokens, text, read)
     elif loop == "dpo":
         chosen = said(len(names))
@@ -226,7 +220,7 @@ def training(loop: str, shape: Shape, text: int, peak: float, profile: bool):
             loss="dpo", beta=0.1, epochs=1.0, rounds=1, batch=batch, learning_rate=1e-5, schedule="constant", warmup=0.0,
             weight_decay=0.0, max_grad_norm=1.0, adam_epsilon=1e-8,
         )  # fmt: skip
-        run = partial(preference.train, policy, rows, known, given, updates, 0, Record(NoWatch(), log, loop))
+        run = partial(preference.train, policy, rows, known, given, updates, 0, Record(log, loop))
         needed = flops(shape, tokens - batch * PROMPT, text, read)
     else:
         updates = 2
@@ -250,7 +244,7 @@ def training(loop: str, shape: Shape, text: int, peak: float, profile: bool):
 
         attempts.ATTEMPTS["ppo"] = attempts.ATTEMPTS["ppo"]._replace(improve=timed)
         networks = Networks(policy, Policy(start, 1.0), Scorer(reward))
-        run = partial(policy_gradient.train, networks, asked, [], given, response, 0, Record(NoWatch(), log, loop))
+        run = partial(policy_gradient.train, networks, asked, [], given, response, 0, Record(log, loop))
         needed = EPOCHS * (flops(shape, tokens, text, read) + flops(shape, tokens, text, 0))
     run()
     if loop == "ppo":

@@ -36,6 +36,7 @@ def one(millions: float, adapted: bool) -> dict[str, int]:
     from rlhf_vs_dpo.language import models
     from rlhf_vs_dpo.language.logprobs import Policy
     from rlhf_vs_dpo.language.text import Examples, Tokens
+    from rlhf_vs_dpo.run.progress import Record
     from rlhf_vs_dpo.training import plan, supervised
 
     torch.randn(512, 512) @ torch.randn(512, 512)  # libraries take what they need
@@ -60,7 +61,7 @@ def one(millions: float, adapted: bool) -> dict[str, int]:
     settings = Training(
         steps=2, batch=count, learning_rate=1e-4, schedule="constant", warmup=0.0, weight_decay=0.0, max_grad_norm=1.0, adam_epsilon=1e-8
     )  # fmt: skip
-    supervised.likelihood(policy, rows, settings, 0, lambda *_: None, "sft")
+    supervised.likelihood(policy, rows, settings, 0, Record(lambda *_: None, "sft"))
     return {"plan": planned[0], "held": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
 
 

@@ -166,15 +166,6 @@ def matrix_rate(size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-class NoWatch:
-    """No held-out sampling: training alone is timed."""
-
-    asked = 0
-
-    def watch(self, policy, step, log):
-        pass
-
-
 def silent(metrics, step):
     pass
 
@@ -190,10 +181,10 @@ def ours(loop: str, given: Material, size: Size, updates: int) -> Done:
 
 
 def trained(loop: str, given: Material, size: Size, updates: int) -> tuple[int, int]:
+    from rlhf_vs_dpo.run.progress import Record
     from rlhf_vs_dpo.training import policy_gradient, preference, supervised
     from rlhf_vs_dpo.training import reward as reward_training
     from rlhf_vs_dpo.training.learner import Networks
-    from rlhf_vs_dpo.training.monitor import Record
 
     stop = size.batch * updates
     if loop in ("rloo", "ppo"):
@@ -212,17 +203,17 @@ def trained(loop: str, given: Material, size: Size, updates: int) -> tuple[int, 
         policy = Policy(copy.deepcopy(given.model), 1.0)
         networks = Networks(policy, Policy(copy.deepcopy(given.model), 1.0), heads.Scorer(copy.deepcopy(given.reward)))
         totals = policy_gradient.train(
-            networks, given.prompts, [], settings, size.max_new_tokens, 0, Record(NoWatch(), silent, loop)
+            networks, given.prompts, [], settings, size.max_new_tokens, 0, Record(silent, loop)
         )
         return updates * size.episodes, totals.tokens_trained
     if loop == "sft":
         policy = Policy(copy.deepcopy(given.model), 1.0)
         rows = Examples(given.examples[:stop], given.pairs.names[:stop])
-        return stop, supervised.likelihood(policy, rows, training(size, updates), 0, silent, loop)
+        return stop, supervised.likelihood(policy, rows, training(size, updates), 0, Record(silent, loop))
     rows = head(given.pairs, stop)
     if loop == "reward":
         scorer = heads.Scorer(copy.deepcopy(given.reward))
-        return stop, reward_training.train(scorer, rows, training(size, updates), 0, silent, loop)
+        return stop, reward_training.train(scorer, rows, training(size, updates), 0, Record(silent, loop))
     import pandas as pd
 
     policy = Policy(copy.deepcopy(given.model), 1.0)
@@ -233,7 +224,7 @@ def trained(loop: str, given: Material, size: Size, updates: int) -> tuple[int, 
         loss="dpo", beta=BETA, epochs=1.0, rounds=1, batch=size.batch, learning_rate=1e-4, schedule="constant", warmup=0.0, weight_decay=0.0,
         max_grad_norm=1.0, adam_epsilon=1e-8,
     )  # fmt: skip
-    return stop, preference.train(policy, rows, known, settings, updates, 0, Record(NoWatch(), silent, loop))
+    return stop, preference.train(policy, rows, known, settings, updates, 0, Record(silent, loop))
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def main(
         from rlhf_vs_dpo import tables
         from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy, check_projection
+        from rlhf_vs_dpo.run.progress import Record
         from rlhf_vs_dpo.training import supervised
 
         settings = run.section("base")
@@ -49,7 +50,7 @@ def main(
         check_projection(policy, text.collate(examples.tokens[:2], policy.pad).to(models.device()))
         run.checkpoint.keep(policy=policy)
         trained = supervised.likelihood(
-            policy, examples, settings.training, run.section("seed"), run.log, "base", checkpoint=run.checkpoint
+            policy, examples, settings.training, run.section("seed"), Record(run.log, "base", checkpoint=run.checkpoint)
         )
         run.spent(parameters=models.size(policy.model), tokens_trained=trained, models_held=1)
         if launch.is_main():

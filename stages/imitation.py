@@ -36,6 +36,7 @@ def main(
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import gold
         from rlhf_vs_dpo.run.checkpoint import Values
+        from rlhf_vs_dpo.run.progress import Record
         from rlhf_vs_dpo.training import imitation, supervised
         from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
@@ -91,8 +92,7 @@ def main(
             steps = planned - at.taken if last else planned // settings.rounds
             at.trained += supervised.likelihood(
                 policy, examples, supervised.as_training(settings, steps), seed,
-                lambda values, step, taken=at.taken: run.log(values, taken + step), method,
-                lambda step, taken=at.taken: watched.watch(policy, taken + step, run.log), run.checkpoint,
+                Record(run.log, method, watched, run.checkpoint, at.taken),
             )  # fmt: skip
             at.taken += steps
         run.spent(

@@ -38,8 +38,9 @@ def main(
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import gold, labelling
         from rlhf_vs_dpo.run.checkpoint import Values
+        from rlhf_vs_dpo.run.progress import Record
         from rlhf_vs_dpo.training import preference, supervised
-        from rlhf_vs_dpo.training.monitor import HeldOut, Record
+        from rlhf_vs_dpo.training.monitor import HeldOut
         from rlhf_vs_dpo.training.optimise import round_seed
 
         settings, sampling = run.section("preference", method), run.section("sampling")
@@ -72,14 +73,15 @@ def main(
             rows = whole.loc[part].reset_index(drop=True)
             known = None if stored is None else stored.loc[part].reset_index(drop=True)
             if number > at.round:  # online: pairs of the policy as it is now, on prompts that no round has had yet
-                labelled = labelling.label(
-                    policy, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], judge,
-                    run.section("preferences").annotator, sampling.max_new_tokens, round_seed(seed, number),
-                    f"pairs of round {number + 1}",
+                drawn = labelling.two_samples(
+                    policy, tokenizer, asked[asked["prompt_id"].isin(rows["prompt_id"])], sampling.max_new_tokens,
+                    round_seed(seed, number), f"pairs of round {number + 1}",
                 )  # fmt: skip
-                at.round, at.rows, at.known = number, labelled.pairs, None
-                at.generated += labelled.tokens_generated
-                at.read += labelled.tokens_read
+                chooses = run.section("preferences").annotator
+                at.rows, _ = labelling.label(drawn.table, judge, chooses, round_seed(seed, number))
+                at.round, at.known = number, None
+                at.generated += drawn.tokens_generated
+                at.read += drawn.tokens_read
                 if len(at.rows) < settings.batch:
                     raise TrainingError(
                         f"round {number + 1}: only {len(at.rows)} of {len(part)} prompts gave a pair, fewer than `batch` "
@@ -97,8 +99,8 @@ def main(
                     )
                     at.read += forward.tokens_read(learned.chosen) + forward.tokens_read(learned.rejected)
                 known = at.known
-            record = Record(watched, run.log, method, run.checkpoint)
-            at.trained += preference.train(policy, learned, known, settings, steps[number], seed, record, at.taken)
+            record = Record(run.log, method, watched, run.checkpoint, at.taken)
+            at.trained += preference.train(policy, learned, known, settings, steps[number], seed, record)
             at.taken += steps[number]
         run.spent(
             parameters=models.size(policy.model), frozen=models.frozen(policy.model), tokens_trained=at.trained, tokens_generated=at.generated, tokens_read=at.read,

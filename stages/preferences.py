@@ -47,18 +47,17 @@ def main(
 
             sampling = run.section("sampling")
             model, tokenizer = models.load_policy(sft)
-            labelled = labelling.label(
+            drawn = labelling.two_samples(
                 Policy(model, sampling.temperature), tokenizer,
                 pd.concat([tables.read_table(prompts, "prompts", "train").head(settings.train_prompts),
                            tables.read_table(prompts, "prompts", "validation").head(settings.validation_prompts)]),
-                judge, settings.annotator, sampling.max_new_tokens, seed, "two samples per prompt",
-                run.checkpoint.pieces("responses"),
+                sampling.max_new_tokens, seed, "two samples per prompt", run.checkpoint.pieces("responses"),
             )  # fmt: skip
             run.spent(
-                parameters=models.size(model), tokens_generated=labelled.tokens_generated,
-                tokens_read=labelled.tokens_read, models_held=1,
+                parameters=models.size(model), tokens_generated=drawn.tokens_generated, tokens_read=drawn.tokens_read, models_held=1
             )  # fmt: skip
-            pairs, summary = labelled.pairs, labelled.summary
+            pairs, summary = labelling.label(drawn.table, judge, settings.annotator, seed)
+            summary = {"tokenised_otherwise_share": drawn.tokenised_otherwise_share} | summary
         for split in ("train", "validation"):
             if not (pairs["split"] == split).any():
                 raise DataError(

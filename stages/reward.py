@@ -30,6 +30,7 @@ def main(
         from rlhf_vs_dpo import tables
         from rlhf_vs_dpo.language import forward, heads, models, text
         from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.run.progress import Record
         from rlhf_vs_dpo.training import reward as training
 
         settings, adapter = run.section("reward"), run.section("adapter")
@@ -40,7 +41,8 @@ def main(
         demo_tokens = text.encode(tokenizer, demos["prompt"], demos["response"], demos["prompt_id"], scorer.context)
         learned = text.encode_pairs(tokenizer, train, scorer.context)
         run.checkpoint.keep(scorer=scorer)
-        trained = training.train(scorer, learned, settings.training, seed, run.log, "reward", run.checkpoint)
+        record = Record(run.log, "reward", checkpoint=run.checkpoint)
+        trained = training.train(scorer, learned, settings.training, seed, record)
         responses = learned.chosen + learned.rejected
         read = forward.tokens_read(demo_tokens) + forward.tokens_read(responses)  # to normalise; for the range
         run.spent(

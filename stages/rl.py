@@ -36,9 +36,10 @@ def main(
         from rlhf_vs_dpo.language import heads, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import gold
+        from rlhf_vs_dpo.run.progress import Record
         from rlhf_vs_dpo.training import invariants, policy_gradient
         from rlhf_vs_dpo.training.learner import Networks
-        from rlhf_vs_dpo.training.monitor import HeldOut, Record
+        from rlhf_vs_dpo.training.monitor import HeldOut
 
         settings, sampling = run.section("rl", method), run.section("sampling")
         torch.manual_seed(seed)
@@ -67,7 +68,7 @@ def main(
         totals = policy_gradient.train(
             Networks(policy, reference, scorer), text.prompts_of(tokenizer, train),
             text.documents(tokenizer, documents, policy.context, run.params["data"]["max_document_tokens"]), settings, sampling.max_new_tokens, seed,
-            Record(watched, heard, method, run.checkpoint),
+            Record(heard, method, watched, run.checkpoint),
         )  # fmt: skip
         # Policy, reference, reward model, value network; TRPO holds the old policy, too.
         held = 3 + policy_gradient.ATTEMPTS[settings.algorithm].critic + (settings.algorithm == "trpo")

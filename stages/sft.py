@@ -26,6 +26,7 @@ def main(
         from rlhf_vs_dpo import tables
         from rlhf_vs_dpo.language import forward, models, text
         from rlhf_vs_dpo.language.logprobs import Policy
+        from rlhf_vs_dpo.run.progress import Record
         from rlhf_vs_dpo.training import supervised
 
         settings, sampling = run.section("sft"), run.section("sampling")
@@ -48,7 +49,7 @@ def main(
         before = nll()
         run.checkpoint.keep(policy=policy)
         trained = supervised.likelihood(
-            policy, examples, settings.training, seed, run.log, "sft", checkpoint=run.checkpoint
+            policy, examples, settings.training, seed, Record(run.log, "sft", checkpoint=run.checkpoint)
         )
         run.spent(
             parameters=models.size(policy.model),

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from conftest import small_model
-from test_training import NoWatch, halves, rl_settings, scorer, variant
+from test_training import halves, rl_settings, scorer, variant
 
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Prompts
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training import policy_gradient, preference
 from rlhf_vs_dpo.training.learner import Networks
-from rlhf_vs_dpo.training.monitor import Record
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -23,7 +23,7 @@ def test_rl_runs_and_its_invariants_hold(tokenizer, method):
     ids = [[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]] * 8
     policy_gradient.train(
         Networks(policy, reference, scorer(tokenizer).cuda()), Prompts(ids, [f"p{i}" for i in range(16)]), [],
-        rl_settings(method).model_copy(update={"iterations": 2}), 6, 0, Record(NoWatch(), lambda m, s: rows.append(m), "x"),
+        rl_settings(method).model_copy(update={"iterations": 2}), 6, 0, Record(lambda m, s: rows.append(m), "x"),
     )  # fmt: skip
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
 
@@ -42,7 +42,7 @@ def test_rl_with_adapters_runs(tokenizer, method):
     policy_gradient.train(
         Networks(Policy(model, 1.0), Policy(adapters.switched_off(model), 1.0), scorer(tokenizer).cuda()),
         Prompts(ids, [f"p{i}" for i in range(16)]), [], rl_settings(method).model_copy(update={"iterations": 2}), 6, 0,
-        Record(NoWatch(), lambda m, s: rows.append(m), "x"),
+        Record(lambda m, s: rows.append(m), "x"),
     )  # fmt: skip
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
 
@@ -50,9 +50,7 @@ def test_rl_with_adapters_runs(tokenizer, method):
 def test_simpo_runs(tokenizer, examples):
     rows = []
     policy = Policy(small_model(tokenizer).cuda(), 1.0)
-    preference.train(
-        policy, halves(examples), None, variant("simpo"), 1, 0, Record(NoWatch(), lambda m, s: rows.append(m), "x")
-    )
+    preference.train(policy, halves(examples), None, variant("simpo"), 1, 0, Record(lambda m, s: rows.append(m), "x"))
     assert math.isfinite(rows[0]["loss"])
 
 

@@ -17,6 +17,7 @@ from rlhf_vs_dpo.language.generation import generate, generate_together
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Prompts, Tokens, word_tokenizer
 from rlhf_vs_dpo.preferences import labelling
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training import imitation, monitor, supervised
 
 
@@ -161,7 +162,7 @@ def test_training_behind_tokens_makes_them_mean_something(own_tokenizer):
     examples = imitation.from_pairs("control_tokens", rows, own_tokenizer, 32)
     settings = supervised.as_training(recipe("control_tokens", batch=8, learning_rate=3e-3), 60)
     policy = Policy(model, 1.0)
-    supervised.likelihood(policy, examples, settings, 0, lambda m, s: None, "x")
+    supervised.likelihood(policy, examples, settings, 0, Record(lambda m, s: None, "x"))
     good, bad = examples.tokens[0], examples.tokens[8]
     swapped = [Tokens(good.prompt, bad.response), Tokens(bad.prompt, good.response)]
     right = log_likelihoods(policy, [good, bad])
@@ -208,21 +209,22 @@ def test_labelled_pairs_come_from_the_policy_and_follow_the_annotator(own_tokeni
         {"prompt_id": [f"p{i}" for i in range(300)], "split": "train", "prompt": "the cat", "facts": None}
     )
     settings = Annotator(temperature=0.5, length_bias=0.0, filler_bias=0.0)
-    labelled = labelling.label(policy, own_tokenizer, prompts, Shorter(), settings, 12, 3, "x")
+    drawn = labelling.two_samples(policy, own_tokenizer, prompts, 12, 3, "x")
+    pairs, summary = labelling.label(drawn.table, Shorter(), settings, 3)
     for side in ("chosen", "rejected"):
-        again = [own_tokenizer.decode(ids, skip_special_tokens=True) for ids in labelled.pairs[f"{side}_ids"]]
-        assert again == labelled.pairs[side].tolist()
-        assert all(ids[-1] == own_tokenizer.eos_token_id for ids in labelled.pairs[f"{side}_ids"])
+        again = [own_tokenizer.decode(ids, skip_special_tokens=True) for ids in pairs[f"{side}_ids"]]
+        assert again == pairs[side].tolist()
+        assert all(ids[-1] == own_tokenizer.eos_token_id for ids in pairs[f"{side}_ids"])
     # A word is a token here, and has one spelling; but this policy says control tokens, too, which its texts have lost.
-    assert 0 < labelled.summary["tokenised_otherwise_share"] < 1
-    lengths = labelled.pairs[["chosen", "rejected"]].map(lambda said: len(said.split()))
+    assert 0 < drawn.tokenised_otherwise_share < 1
+    lengths = pairs[["chosen", "rejected"]].map(lambda said: len(said.split()))
     assert (lengths["chosen"] <= lengths["rejected"]).mean() > 0.8
     gap = (lengths["rejected"] - lengths["chosen"]).to_numpy() / 0.5
-    assert labelled.pairs["p_chosen"].tolist() == pytest.approx((1 / (1 + np.exp(-gap))).tolist())
-    assert (labelled.pairs["chosen"] != labelled.pairs["rejected"]).all()
-    assert labelled.summary["dropped_share"] == pytest.approx(1 - len(labelled.pairs) / 300)
-    again = labelling.label(policy, own_tokenizer, prompts, Shorter(), settings, 12, 4, "x")
-    assert not labelled.pairs["chosen"].equals(again.pairs["chosen"])  # another round, other samples
+    assert pairs["p_chosen"].tolist() == pytest.approx((1 / (1 + np.exp(-gap))).tolist())
+    assert (pairs["chosen"] != pairs["rejected"]).all()
+    assert summary["dropped_share"] == pytest.approx(1 - len(pairs) / 300)
+    other = labelling.two_samples(policy, own_tokenizer, prompts, 12, 4, "x").table
+    assert not drawn.table["response"].equals(other["response"])  # another round, other samples
 
 
 def test_alone_a_process_generates_everything(own_tokenizer):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import small_model
-from test_training import NoWatch, halves, rl_settings, run_ppo, scorer, variant, weights
+from test_training import halves, rl_settings, run_ppo, scorer, variant, weights
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Monitor
@@ -18,11 +18,11 @@ from rlhf_vs_dpo.language.text import Prompts, Tokens, collate
 from rlhf_vs_dpo.losses.dpo import cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training import attempts, forgetting, monitor, preference, rollouts, supervised
 from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training import watched as watching
 from rlhf_vs_dpo.training.learner import Learner, Networks
-from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator
 
 SETTINGS = rl_settings(
@@ -223,9 +223,7 @@ def test_the_loop_hands_each_loss_what_it_needs(tokenizer, examples, name, monke
     }[name]()
     rows = []
     known = None if name == "simpo" else reference
-    preference.train(
-        policy, halves(examples), known, settings, 1, 0, Record(NoWatch(), lambda m, s: rows.append(m), "x")
-    )
+    preference.train(policy, halves(examples), known, settings, 1, 0, Record(lambda m, s: rows.append(m), "x"))
     assert rows[0]["loss"] == pytest.approx(expected.loss.mean().item(), abs=1e-4)
     assert rows[0]["pairs/margin"] == pytest.approx(
         (expected.chosen_reward - expected.rejected_reward).mean().item(), abs=1e-4
@@ -244,7 +242,7 @@ def test_training_moves_towards_the_chosen(tokenizer, examples):
     before = log_likelihoods(policy, examples)
     settings = variant("dpo", batch=6, epochs=20.0, learning_rate=1e-3)
     steps, reference = supervised.steps_over(settings, 6), stored(tokenizer, examples)
-    preference.train(policy, halves(examples), reference, settings, steps, 0, Record(NoWatch(), lambda m, s: None, "x"))
+    preference.train(policy, halves(examples), reference, settings, steps, 0, Record(lambda m, s: None, "x"))
     moved = np.array(log_likelihoods(policy, examples)) - np.array(before)
     assert moved[:6].mean() > moved[6:].mean() + 1
 
@@ -478,7 +476,7 @@ def test_later_rounds_go_on_where_the_last_one_stopped(tokenizer, examples):
         rows.append((step, metrics["loss"]))
 
     for taken in (0, 2):
-        preference.train(policy, pairs, reference, settings, 2, 0, Record(NoWatch(), log, "x"), taken)
+        preference.train(policy, pairs, reference, settings, 2, 0, Record(log, "x", taken=taken))
     assert [step for step, _ in rows] == [1, 2, 3, 4]
     with pytest.raises(Exception, match="step-0 invariant"):
-        preference.train(policy, pairs, reference, settings, 2, 0, Record(NoWatch(), log, "x"))
+        preference.train(policy, pairs, reference, settings, 2, 0, Record(log, "x"))

@@ -12,6 +12,7 @@ from rlhf_vs_dpo.errors import OutOfMemory
 from rlhf_vs_dpo.language import adapters, models
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Examples, Tokens
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training import plan, supervised
 from rlhf_vs_dpo.training.optimise import Optimiser, accelerator
 
@@ -76,7 +77,7 @@ def test_what_cannot_fit_is_refused_before_the_first_step(tokenizer, monkeypatch
     before = policy.state_dict()["model.model.embed_tokens.weight"].clone()
     monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000)
     with pytest.raises(OutOfMemory, match=r"sft needs .* for one example at a time") as error:
-        supervised.likelihood(policy, examples, ONCE, 0, lambda *_: None, "sft")
+        supervised.likelihood(policy, examples, ONCE, 0, Record(lambda *_: None, "sft"))
     for key in ("memory.gradient_checkpointing", "adapter", "sampling.max_new_tokens", "data.max_prompt_tokens"):
         assert key in str(error.value)
     assert torch.equal(policy.state_dict()["model.model.embed_tokens.weight"], before)
@@ -84,10 +85,10 @@ def test_what_cannot_fit_is_refused_before_the_first_step(tokenizer, monkeypatch
 
 def test_it_is_said_where_it_is_a_good_part_of_the_device(tokenizer, monkeypatch, capsys):
     policy = Policy(small_model(tokenizer), 1.0)
-    supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, lambda *_: None, "sft")
+    supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, Record(lambda *_: None, "sft"))
     assert "memory" not in capsys.readouterr().err
     monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000_000)
-    supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, lambda *_: None, "sft")
+    supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, Record(lambda *_: None, "sft"))
     assert "sft, memory: weights" in capsys.readouterr().err
 
 
@@ -130,7 +131,9 @@ def test_a_plan_of_other_micro_batches():
 
 def test_what_samples_too_much_at_once_is_refused_for_that(monkeypatch):
     monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000)
-    with pytest.raises(OutOfMemory, match=r"ppo needs .* to sample, and .* lower `rl.defaults.episodes` and `monitor.prompts`, "):
+    with pytest.raises(
+        OutOfMemory, match=r"ppo needs .* to sample, and .* lower `rl.defaults.episodes` and `monitor.prompts`, "
+    ):
         plan.check(made_up(cache=9_000), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=True), "ppo")
 
 

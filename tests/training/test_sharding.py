@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS, small_model
-from test_training import NoWatch, rl_settings, scorer, variant
+from test_training import rl_settings, scorer, variant
 
 from rlhf_vs_dpo.config import Training
 from rlhf_vs_dpo.errors import ModelError, TrainingError
@@ -17,9 +17,9 @@ from rlhf_vs_dpo.language import models, sharding
 from rlhf_vs_dpo.language.forward import log_likelihoods
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens, collate, word_tokenizer
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training import optimise, policy_gradient, preference, supervised
 from rlhf_vs_dpo.training.learner import Networks
-from rlhf_vs_dpo.training.monitor import Record
 
 LOOPS = ["sft", "dpo", "ppo"]
 TRAINING = Training(
@@ -47,7 +47,7 @@ def losses(loop: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     chosen, rejected = texts(0, tokenizer.eos_token_id), texts(1, tokenizer.eos_token_id)
     names = [str(i) for i in range(40)]
     if loop == "sft":
-        supervised.likelihood(policy, Examples(chosen, names), TRAINING, 0, log, loop)
+        supervised.likelihood(policy, Examples(chosen, names), TRAINING, 0, Record(log, loop))
         names = ["loss", "gradient_norm"]
     elif loop == "dpo":
         import pandas as pd
@@ -57,7 +57,7 @@ def losses(loop: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         settings = variant("dpo").model_copy(
             update={"batch": 8, "learning_rate": 3e-3, "warmup": 0.0, "schedule": "constant"}
         )
-        preference.train(policy, pairs, known, settings, 5, 0, Record(NoWatch(), log, loop))
+        preference.train(policy, pairs, known, settings, 5, 0, Record(log, loop))
         names = ["loss", "gradient_norm", "pairs/accuracy"]
     else:
         reference = Policy(small_model(tokenizer, scale=1.5), 1.0)
@@ -72,7 +72,7 @@ def losses(loop: str) -> tuple[list[float], dict[str, torch.Tensor]]:
             settings,
             20,
             0,
-            Record(NoWatch(), log, loop),
+            Record(log, loop),
         )
         names = ["update/policy_loss", "update/policy_gradient_norm", "update/value_loss", "update/kl_old_new", "rollout/objective",
                  "update/ptx_gradient_share"]  # fmt: skip

@@ -18,11 +18,11 @@ from rlhf_vs_dpo.language.forward import log_likelihoods, scores
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Examples, Pairs, Prompts, Tokens
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Networks
-from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.optimise import scheduled
 
 TRAINING = Training(
@@ -43,15 +43,6 @@ def weights(module: nn.Module) -> torch.Tensor:
 
 def silent(metrics, step):
     pass
-
-
-class NoWatch:
-    """Stands in for `HeldOut` where nothing is to be watched."""
-
-    asked = 0
-
-    def watch(self, policy, step, log):
-        pass
 
 
 def scorer(tokenizer, seed=1) -> Scorer:
@@ -91,7 +82,7 @@ def test_micro_batches_do_not_change_training(tokenizer, examples, budget, monke
         monkeypatch.setenv("RLHF_NATIVE", "1")  # else it is not heard
         policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
         rows = []
-        supervised.likelihood(policy, named(examples), TRAINING, 0, lambda m, s: rows.append(m), "x")
+        supervised.likelihood(policy, named(examples), TRAINING, 0, Record(lambda m, s: rows.append(m), "x"))
         return weights(policy), [row["loss"] for row in rows]
 
     (one, losses), (other, other_losses) = trained("100000"), trained(budget)
@@ -125,7 +116,7 @@ def test_a_batch_that_does_not_fit_is_begun_again_in_halves(tokenizer, examples,
         rows = []
         if what == "sft":
             policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
-            supervised.likelihood(policy, named(examples), TRAINING, 0, lambda m, s: rows.append(m), "x")
+            supervised.likelihood(policy, named(examples), TRAINING, 0, Record(lambda m, s: rows.append(m), "x"))
         else:
             settings = rl_settings(what, iterations=1)
             policy = run_ppo(
@@ -147,7 +138,7 @@ def test_a_batch_that_does_not_fit_in_halves_says_what_to_lower(tokenizer, examp
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
     before = weights(policy)
     with pytest.raises(OutOfMemory, match=r"(?s)Tried to allocate 2.00 GiB.*RLHF_MICRO_TOKENS to 15"):
-        supervised.likelihood(policy, named(examples), TRAINING, 0, silent, "x")
+        supervised.likelihood(policy, named(examples), TRAINING, 0, Record(silent, "x"))
     assert torch.equal(weights(policy), before)
 
 
@@ -157,7 +148,7 @@ def test_the_loss_is_the_mean_over_tokens_not_over_sequences(tokenizer, examples
     expected = -sum(logp) / sum(len(example.response) for example in examples)
     rows = []
     one_step = TRAINING.model_copy(update={"steps": 1, "batch": 12})
-    supervised.likelihood(policy, named(examples), one_step, 0, lambda m, s: rows.append(m), "x")
+    supervised.likelihood(policy, named(examples), one_step, 0, Record(lambda m, s: rows.append(m), "x"))
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -172,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_ids(tokenizer, examp
     with torch.no_grad():
         policy.model.lm_head.weight[5] = float("nan")
     with pytest.raises(TrainingError, match=r"step 0: loss nan.*learning rate 0\.01; batch: row-\d+"):
-        supervised.likelihood(policy, named(examples, "row-"), TRAINING, 0, silent, "x")
+        supervised.likelihood(policy, named(examples, "row-"), TRAINING, 0, Record(silent, "x"))
 
 
 # ---- reward model ----------------------------------------------------------------------------------------------------
@@ -193,7 +184,7 @@ def test_the_reward_model_learns_a_preference(tokenizer):
     good, bad = [response(True) for _ in range(160)], [response(False) for _ in range(160)]
     model = scorer(tokenizer)
     settings = TRAINING.model_copy(update={"steps": 40, "batch": 16})
-    reward_training.train(model, Pairs(good[:128], bad[:128], ["p"] * 128), settings, 0, silent, "x")
+    reward_training.train(model, Pairs(good[:128], bad[:128], ["p"] * 128), settings, 0, Record(silent, "x"))
     right = np.array(scores(model, good[128:])) > np.array(scores(model, bad[128:]))
     assert right.mean() > 0.95
 
@@ -228,7 +219,7 @@ def variant(name, **changes):
 def run_pairs(tokenizer, examples, settings, reference, log=silent):
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
     steps = supervised.steps_over(settings, 6)
-    preference.train(policy, halves(examples), reference, settings, steps, 0, Record(NoWatch(), log, "x"))
+    preference.train(policy, halves(examples), reference, settings, steps, 0, Record(log, "x"))
     return weights(policy)
 
 
@@ -264,14 +255,14 @@ def test_pairs_that_are_one_to_the_tokenizer_are_refused(tokenizer, examples):
     policy = Policy(small_model(tokenizer), 1.0)
     pairs = Pairs(examples[:2], [examples[5], examples[1]], ["a", "b"])
     with pytest.raises(DataError, match="b: chosen and rejected are the same tokens"):
-        preference.train(policy, pairs, None, variant("simpo"), 1, 0, Record(NoWatch(), silent, "x"))
+        preference.train(policy, pairs, None, variant("simpo"), 1, 0, Record(silent, "x"))
 
 
 def test_a_last_step_that_diverges_is_noticed(tokenizer, examples):
     wild = TRAINING.model_copy(update={"steps": 1, "batch": 12, "learning_rate": 1e38, "schedule": "constant"})
     policy = Policy(small_model(tokenizer, scale=1.0), 1.0)
     with pytest.raises(TrainingError, match="not finite"):
-        supervised.likelihood(policy, named(examples), wild, 0, silent, "x")
+        supervised.likelihood(policy, named(examples), wild, 0, Record(silent, "x"))
     with pytest.raises(TrainingError, match=r"not finite.*last batch: p"):
         run_ppo(tokenizer, rl_settings(iterations=1, epochs=1, learning_rate=1e38, schedule="constant"))
 
@@ -316,7 +307,7 @@ def run_ppo(
     reference = reference or copy.deepcopy(model)
     networks = Networks(Policy(model, 1.0), Policy(reference, 1.0), reward or scorer(tokenizer))
     prompts = Prompts([[tokenizer.bos_token_id, 5], [tokenizer.bos_token_id, 6, 7]], ["p0", "p1"])
-    policy_gradient.train(networks, prompts, corpus, settings, max_new_tokens, seed, Record(NoWatch(), log, "x"))
+    policy_gradient.train(networks, prompts, corpus, settings, max_new_tokens, seed, Record(log, "x"))
     return networks.policy
 
 

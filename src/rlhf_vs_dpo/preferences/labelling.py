@@ -12,30 +12,31 @@ from rlhf_vs_dpo.language.text import prompts_of
 from rlhf_vs_dpo.preferences import annotator, gold
 
 
-class Labelled(NamedTuple):
-    """`pairs` as the contract has them, what they are like, and how many tokens were sampled, and read, for them."""
+class Samples(NamedTuple):
+    """Two responses for each prompt, and what they cost.
 
-    pairs: pd.DataFrame
-    summary: dict
+    table                      rows of `prompts`, all with `sample` 0, then all with 1; `response, response_ids, tokens, finished`
+    tokenised_otherwise_share  of those that ended: tokens of the text are not those that were sampled, had only texts been kept
+    tokens_generated           sampled for them
+    tokens_read                run forward only: the prompts
+    """
+
+    table: pd.DataFrame
+    tokenised_otherwise_share: float
     tokens_generated: int
     tokens_read: int
 
 
-def label(
+def two_samples(
     policy: Policy,
     tokenizer,
     prompts: pd.DataFrame,
-    judge: gold.Gold,
-    settings: Annotator,
     max_new_tokens: int,
     seed: int,
     what: str,
     done: list | None = None,
-) -> Labelled:
-    """Sample two responses for each row of `prompts` and let the annotator choose; unusable pairs are left out.
-
-    `done` holds responses sampled before, see `generate`.
-    """
+) -> Samples:
+    """Sample two responses for each row of `prompts`; `done` holds responses sampled before, see `generate`."""
     rows = prompts.reset_index(drop=True)
     both = pd.concat([rows.assign(sample=0), rows.assign(sample=1)], ignore_index=True)
     asked = prompts_of(tokenizer, both)
@@ -44,11 +45,22 @@ def label(
     both["response_ids"] = [tokens.response for tokens in drawn.tokens]
     both["tokens"] = [len(tokens.response) for tokens in drawn.tokens]
     both["finished"] = drawn.finished
-    scored = both.join(gold.columns(judge, both["prompt"], both["facts"], both["response"]))
+    texts, ids = both["response"][both["finished"]], both["response_ids"][both["finished"]]
+    again = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+    other = [[*new, policy.eos] != list(old) for new, old in zip(again, ids, strict=True)]
+    return Samples(both, float(np.mean(other)) if other else 0.0, drawn.tokens_generated, drawn.tokens_read)
+
+
+def label(samples: pd.DataFrame, judge: gold.Gold, settings: Annotator, seed: int) -> tuple[pd.DataFrame, dict]:
+    """Let the annotator choose between the two responses of each prompt, a table of `two_samples`.
+
+    Returns pairs as the contract has them, without those that are not usable, and what they are like.
+    """
+    scored = samples.join(gold.columns(judge, samples["prompt"], samples["facts"], samples["response"]))
     scored["utility"] = annotator.utility(
         scored["gold"].to_numpy(), scored["tokens"].to_numpy(), scored["filler"].to_numpy(), settings
     )
-    a, b = scored.iloc[: len(rows)].reset_index(drop=True), scored.iloc[len(rows) :].reset_index(drop=True)
+    a, b = (scored[scored["sample"] == number].reset_index(drop=True) for number in (0, 1))
     choice = annotator.choose(a["utility"].to_numpy(), b["utility"].to_numpy(), settings, np.random.default_rng(seed))
     first = pd.Series(choice.first)
     chosen, rejected = a.where(first, b), b.where(first, a)
@@ -57,10 +69,10 @@ def label(
     usable &= a["response"].str.strip().ne("") & b["response"].str.strip().ne("")
     pairs = pd.DataFrame(
         {
-            "pair_id": "pair-" + rows["prompt_id"],
-            "prompt_id": rows["prompt_id"],
-            "split": rows["split"],
-            "prompt": rows["prompt"],
+            "pair_id": "pair-" + a["prompt_id"],
+            "prompt_id": a["prompt_id"],
+            "split": a["split"],
+            "prompt": a["prompt"],
             "chosen": chosen["response"],
             "rejected": rejected["response"],
             "annotator": "simulated",
@@ -70,13 +82,7 @@ def label(
         }
     )
     differ = usable & (a["gold"] != b["gold"])
-    texts, ids = both["response"][both["finished"]], both["response_ids"][both["finished"]]
-    again = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
-    other = [[*new, policy.eos] != list(old) for new, old in zip(again, ids, strict=True)]
     summary: dict = {
-        "tokenised_otherwise_share": float(np.mean(other))
-        if other
-        else 0.0,  # had texts been kept, and not their tokens
         "dropped_share": float(1 - usable.mean()),
         "annotator_agrees_with_gold": float((chosen["gold"] > rejected["gold"])[differ].mean()),
         "annotator_mean_p_chosen": float(choice.p_chosen[usable].mean()),
@@ -86,4 +92,4 @@ def label(
             "chosen": float(chosen[name][usable].astype(float).mean()),
             "rejected": float(rejected[name][usable].astype(float).mean()),
         }
-    return Labelled(pairs[usable].reset_index(drop=True), summary, drawn.tokens_generated, drawn.tokens_read)
+    return pairs[usable].reset_index(drop=True), summary

@@ -16,13 +16,13 @@ from rlhf_vs_dpo.config import Rl, Theory
 from rlhf_vs_dpo.language.forward import scores
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import Pairs, Tokens
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.theory import laws
 from rlhf_vs_dpo.theory.problems import CONTROLS, Problem
 from rlhf_vs_dpo.training import policy_gradient, preference, supervised
 from rlhf_vs_dpo.training import reward as reward_training
 from rlhf_vs_dpo.training.imitation import from_pairs
 from rlhf_vs_dpo.training.learner import Networks
-from rlhf_vs_dpo.training.monitor import Record
 
 POINTS = 40  # of a curve
 
@@ -93,7 +93,7 @@ def reinforcement(problem: Problem, settings: Rl, seed: int) -> tuple[dict[str, 
     settings = settings.model_copy(update={"unfinished_reward": problem.unfinished_reward})
     policy_gradient.train(
         Networks(policy, problem.reference, problem.scorer), problem.prompts, [], settings, problem.max_new_tokens, seed,
-        Record(watch, _silent, f"{problem.name}: {settings.algorithm}"),
+        Record(_silent, f"{problem.name}: {settings.algorithm}", watch),
     )  # fmt: skip
     return watch.measure(policy), watch.curve
 
@@ -144,7 +144,7 @@ def direct(
         settings,
         steps,
         seed,
-        Record(watch, _silent, f"{problem.name}: {settings.loss}"),
+        Record(_silent, f"{problem.name}: {settings.loss}", watch),
     )
     return watch.measure(policy), watch.curve
 
@@ -156,7 +156,9 @@ def modelled(problem: Problem, pairs: pd.DataFrame, beta: float, steps: int, bat
         scorer.head.weight.zero_()
     settings = config.Dpo(loss="dpo", beta=beta, batch=batch, learning_rate=0.1, **PASSES)
     training = supervised.as_training(settings, steps)
-    reward_training.train(scorer, _tokens(problem, pairs), training, seed, _silent, f"{problem.name}: reward model")
+    reward_training.train(
+        scorer, _tokens(problem, pairs), training, seed, Record(_silent, f"{problem.name}: reward model")
+    )
     learned = scores(scorer, problem.examples())
     policy, _ = laws.gibbs(problem.ref, np.array(learned).reshape(problem.ref.shape), beta)
     optimum = problem.optimum(beta)
@@ -192,8 +194,8 @@ def imitated(
     examples = from_pairs(recipe, table, problem.tokenizer, 16)
     settings = config.ChosenSft(recipe="chosen_sft", batch=batch, learning_rate=0.03, **PASSES)
     supervised.likelihood(
-        policy, examples, supervised.as_training(settings, steps), seed, _silent, f"{problem.name}: {recipe}",
-        lambda step: watch.watch(policy, step, _silent),
+        policy, examples, supervised.as_training(settings, steps), seed,
+        Record(_silent, f"{problem.name}: {recipe}", watch),
     )  # fmt: skip
     return watch.measure(policy), watch.curve, problem.distribution(policy, suffix)
 

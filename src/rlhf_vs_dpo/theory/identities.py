@@ -15,12 +15,12 @@ from rlhf_vs_dpo.losses.dpo import dpo
 from rlhf_vs_dpo.losses.gae import token_rewards
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.reinforce import leave_one_out, policy_gradient_loss
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.theory import laws
-from rlhf_vs_dpo.theory.experiments import Watch, rl_settings
+from rlhf_vs_dpo.theory.experiments import rl_settings
 from rlhf_vs_dpo.theory.problems import Problem
 from rlhf_vs_dpo.training import policy_gradient
 from rlhf_vs_dpo.training.learner import Networks
-from rlhf_vs_dpo.training.monitor import Record
 
 Identities = dict[str, float]
 Bounds = dict[str, dict[str, float]]
@@ -243,7 +243,7 @@ def ptx_off(problem: Problem, episodes: int, seed: int) -> bool:
         policy = problem.start()
         policy_gradient.train(
             Networks(policy, problem.reference, problem.scorer), problem.prompts, text, settings, problem.max_new_tokens, seed,
-            Record(Watch(problem, problem.ref, 10**9), lambda m, s: None, "PPO-ptx"),
+            Record(lambda metrics, step: None, "PPO-ptx"),
         )  # fmt: skip
         weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     return bool(torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2]))

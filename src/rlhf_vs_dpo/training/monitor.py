@@ -4,7 +4,7 @@ Training stages keep the samples; the `sample` stage has them scored (watched.py
 a method that needs no reward model does not depend on one.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,7 @@ from rlhf_vs_dpo.language.models import prompt_suffixes
 from rlhf_vs_dpo.language.text import Prompts, Tokens, encode_prompts
 from rlhf_vs_dpo.preferences.gold import Gold
 from rlhf_vs_dpo.preferences.gold import columns as gold_columns
-from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint
-from rlhf_vs_dpo.training.optimise import Log
+from rlhf_vs_dpo.run.progress import Log
 
 
 class HeldOut:
@@ -92,12 +91,3 @@ class HeldOut:
             "finished": float(table["finished"].mean()),
             "filler": float(table["filler"].mean()),
         }
-
-
-class Record(NamedTuple):
-    """Where the progress of a run goes: held-out samples, the metrics of each step, the name on its progress bar, checkpoints."""
-
-    heldout: HeldOut
-    log: Log
-    what: str
-    checkpoint: Checkpoint = NOT_KEPT

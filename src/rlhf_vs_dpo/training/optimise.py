@@ -21,7 +21,6 @@ from rlhf_vs_dpo.language import sharding
 from rlhf_vs_dpo.language.models import Network, device, in_half
 from rlhf_vs_dpo.language.text import micro_batches
 
-Log = Callable[[dict[str, float], int], None]
 T = TypeVar("T")
 
 

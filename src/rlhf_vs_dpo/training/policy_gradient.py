@@ -24,12 +24,11 @@ from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.checkpoint import Values
-from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.run.progress import Record, bar
 from rlhf_vs_dpo.training import plan
 from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Learner, Networks
-from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator, scheduled
 from rlhf_vs_dpo.training.rollouts import Episodes, rollout, state_values
 
@@ -72,7 +71,7 @@ def train(
         )
     freeze(networks.reward)
     freeze(networks.reference)
-    longest, watched = sorted(prompts.ids, key=len)[:-3:-1], record.heldout.asked
+    longest, watched = sorted(prompts.ids, key=len)[:-3:-1], record.asked
     learner.memory.tokens = plan.check(
         planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what
     )
@@ -90,7 +89,7 @@ def train(
     ):
         rng.bit_generator.state = at.prompts
         for iteration in range(at.iteration, settings.iterations):
-            record.heldout.watch(networks.policy, iteration, record.log)
+            record.watch(networks.policy, iteration)
             while len(at.queue) < distinct:
                 at.queue += rng.permutation(len(prompts.ids)).tolist()
             picked, at.queue = np.repeat(at.queue[:distinct], settings.samples_per_prompt).tolist(), at.queue[distinct:]
@@ -114,14 +113,14 @@ def train(
                 )
             progress.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}", refresh=False)
             progress.update()
-            record.log(
+            record.add(
                 {f"rollout/{name}": value for name, value in metrics.items()}
                 | {f"update/{name}": value for name, value in updates.items()},
                 iteration + 1,
             )
             at.iteration, at.prompts = iteration + 1, rng.bit_generator.state
             record.checkpoint.offer()
-        record.heldout.watch(networks.policy, settings.iterations, record.log)
+        record.watch(networks.policy, settings.iterations)
     sharding.gather(networks.policy)
     return Totals(learner.trained, at.generated, at.read + learner.read)
 

@@ -15,8 +15,8 @@ from rlhf_vs_dpo.language.text import Batch, Pairs, check_distinct, collate
 from rlhf_vs_dpo.losses.dpo import PairLoss, cdpo, dpo, ln_dpo
 from rlhf_vs_dpo.losses.ipo import ipo
 from rlhf_vs_dpo.losses.simpo import simpo
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training.invariants import hold, tolerance
-from rlhf_vs_dpo.training.monitor import Record
 from rlhf_vs_dpo.training.supervised import as_training, fit, work_of_pairs
 
 CHECKED = 8  # pairs whose log-probabilities are held against the stored ones before the first step
@@ -63,14 +63,13 @@ def train(
     steps: int,
     seed: int,
     record: Record,
-    taken: int = 0,
 ) -> int:
     """Train on pairs for `steps` batches; returns the tokens trained on.
 
     `reference` holds log ref of each pair, in the order of the pairs (columns `chosen_logp`, `rejected_logp`); None for
     losses that need none. Its values are constants: no gradient flows to the reference policy, which is not even loaded
-    here. `taken` is the number of steps of earlier rounds: at 0, the policy must be the reference, and TrainingError is
-    raised if the step-0 invariants of the loss are broken.
+    here. In the first round (`record.taken` is 0) the policy must be the reference: TrainingError is raised if the step-0
+    invariants of the loss are broken.
     """
     check_distinct(pairs)
     device = next(policy.parameters()).device
@@ -80,7 +79,7 @@ def train(
             torch.tensor(reference[f"{side}_logp"].to_numpy(), dtype=torch.float32, device=device)
             for side in ("chosen", "rejected")
         ]
-        if taken == 0 and not record.checkpoint.goes_on("fit"):
+        if record.taken == 0 and not record.checkpoint.goes_on("fit"):
             check_reference(policy, pairs, reference, settings)
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -104,17 +103,7 @@ def train(
         }
         return result.loss.sum(), {f"pairs/{name}": value.sum().item() for name, value in sums.items()}
 
-    return fit(
-        policy,
-        as_training(settings, steps),
-        work_of_pairs(pairs),
-        loss,
-        seed,
-        lambda metrics, step: record.log(metrics, taken + step),
-        record.what,
-        before_step=lambda step: record.heldout.watch(policy, taken + step, record.log),
-        checkpoint=record.checkpoint,
-    )
+    return fit(policy, as_training(settings, steps), work_of_pairs(pairs), loss, seed, record)
 
 
 def stored_reference(pairs: pd.DataFrame, reference: pd.DataFrame, place: Path) -> pd.DataFrame:

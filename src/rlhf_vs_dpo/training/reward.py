@@ -9,14 +9,11 @@ from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Pairs, check_distinct, collate
 from rlhf_vs_dpo.losses.bradley_terry import bradley_terry
-from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint
-from rlhf_vs_dpo.training.optimise import Log
+from rlhf_vs_dpo.run.progress import Record
 from rlhf_vs_dpo.training.supervised import fit, work_of_pairs
 
 
-def train(
-    scorer: Scorer, pairs: Pairs, settings: Training, seed: int, log: Log, what: str, checkpoint: Checkpoint = NOT_KEPT
-) -> int:
+def train(scorer: Scorer, pairs: Pairs, settings: Training, seed: int, record: Record) -> int:
     """Bradley-Terry on pairs; both responses of a pair go through in one forward pass."""
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -28,7 +25,7 @@ def train(
         }
 
     check_distinct(pairs)
-    return fit(scorer, settings, work_of_pairs(pairs), loss, seed, log, what, checkpoint=checkpoint)
+    return fit(scorer, settings, work_of_pairs(pairs), loss, seed, record)
 
 
 def quality(pairs: pd.DataFrame) -> dict:

@@ -14,10 +14,10 @@ from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
 from rlhf_vs_dpo.losses.sft import nll
-from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, Values
-from rlhf_vs_dpo.run.progress import bar
+from rlhf_vs_dpo.run.checkpoint import Values
+from rlhf_vs_dpo.run.progress import Record, bar
 from rlhf_vs_dpo.training import plan as memory_plan
-from rlhf_vs_dpo.training.optimise import Averages, Log, Memory, Optimiser, accelerator, check_finite
+from rlhf_vs_dpo.training.optimise import Averages, Memory, Optimiser, accelerator, check_finite
 
 POINTS = 200  # of a training curve
 
@@ -55,16 +55,13 @@ def fit(
     work: Work,
     loss: Callable[[nn.Module, list[int]], tuple[Tensor, dict[str, float]]],
     seed: int,
-    log: Log,
-    what: str,
-    before_step: Callable[[int], None] = lambda step: None,
-    checkpoint: Checkpoint = NOT_KEPT,
+    record: Record,
 ) -> int:
     """Train `network` for `settings.steps` global batches; returns the number of real tokens trained on.
 
-    `checkpoint` keeps where the loop is; whoever calls has it keep the network itself. `loss(module, group)` is the summed loss of a
-    micro-batch (a list of example numbers), and sums of metrics over it; `module` is the network as it is trained: wrapped, where several
-    processes share the work. Where it was held in parts, `network.model` is another one afterwards, and whole.
+    `loss(module, group)` is the summed loss of a micro-batch (a list of example numbers), and sums of metrics over it; `module` is the
+    network as it is trained: wrapped, where several processes share the work. Where it was held in parts, `network.model` is another one
+    afterwards, and whole.
     """
     accelerate = accelerator()
     optimiser = Optimiser(accelerate, network, settings)
@@ -77,15 +74,15 @@ def fit(
             learning, work.lengths[longest[0]], memory.tokens, -(-settings.batch // accelerate.num_processes),
             processes=accelerate.num_processes,
         )  # fmt: skip
-        memory.tokens = memory_plan.check(planned, memory.tokens, accelerate, what)
+        memory.tokens = memory_plan.check(planned, memory.tokens, accelerate, record.what)
     every = max(1, settings.steps // POINTS)
     averages, at = Averages(), Values(step=0)
     with (
-        checkpoint.during(fit=at, optimiser=optimiser, averages=averages),
-        bar(settings.steps, what, visible=accelerate.is_main_process, done=at.step) as progress,
+        record.checkpoint.during(fit=at, optimiser=optimiser, averages=averages),
+        bar(settings.steps, record.what, visible=accelerate.is_main_process, done=at.step) as progress,
     ):
         for step, batch in list(enumerate(plan))[at.step :]:
-            before_step(step)
+            record.watch(network, step)
             units = sum(work.units[i] for i in batch)
 
             def passes(tokens: int, batch=batch, units=units) -> tuple[float, dict[str, float]]:
@@ -109,36 +106,27 @@ def fit(
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 means = averages.read()
                 progress.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                log(means, step + 1)
+                record.add(means, step + 1)
             progress.update()
             at.step = step + 1
-            checkpoint.offer()
+            record.checkpoint.offer()
     if len(plan):
         with torch.no_grad():
             last, _ = loss(optimiser.module, [int(plan[-1][0])])
         check_finite(last, optimiser, [work.names[i] for i in plan[-1]])
-    before_step(settings.steps)
+    record.watch(network, settings.steps)
     sharding.gather(network)
     return int(sum(work.tokens[i] for batch in plan for i in batch))
 
 
-def likelihood(
-    policy: Policy,
-    examples: Examples,
-    settings: Training,
-    seed: int,
-    log: Log,
-    what: str,
-    before_step: Callable[[int], None] = lambda step: None,
-    checkpoint: Checkpoint = NOT_KEPT,
-) -> int:
+def likelihood(policy: Policy, examples: Examples, settings: Training, seed: int, record: Record) -> int:
     """Maximum likelihood of the responses, per token: SFT, or pretraining where the prompt is BOS alone."""
 
     def loss(module: nn.Module, group: list[int]) -> tuple[Tensor, dict[str, float]]:
         batch = collate([examples.tokens[i] for i in group], policy.pad).to(next(policy.parameters()).device)
         return nll(module(batch).sums()).sum(), {}
 
-    return fit(policy, settings, work_of_examples(examples), loss, seed, log, what, before_step, checkpoint)
+    return fit(policy, settings, work_of_examples(examples), loss, seed, record)
 
 
 def as_training(settings: Passes, steps: int) -> Training:
