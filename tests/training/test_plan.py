@@ -173,3 +173,42 @@ def test_memory_of_a_run_of_ppo(tokenizer):
         assert found.cache == asked * bytes_of_row(policy.model, 10)
     cache = 2 * 32 * 10 * 4  # keys and values of ten tokens in one layer, float32
     assert bytes_of_row(policy.model, 10) == cache + 32 * len(tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_memory_of_a_step_of_trpo(kind, adapted, share, tokenizer):
+    """The graphs of all its Fisher episodes, the old policy, and the vectors of the conjugate gradient."""
+    from test_training import rl_settings, scorer
+
+    from rlhf_vs_dpo.training import attempts, policy_gradient
+    from rlhf_vs_dpo.training.learner import Networks
+    from rlhf_vs_dpo.training.rollouts import Episodes
+
+    policy = network(tokenizer, kind)
+    models.to_learn(
+        policy.model, Adapter(rank=8, alpha=16.0, targets="all", merge=False) if adapted else None, None, half=False
+    )
+    settings = rl_settings("trpo").model_copy(update={"episodes": 32, "fisher_share": share, "cg_steps": 2})
+    learner = policy_gradient.new_learner(Networks(policy, policy, scorer(tokenizer)), [], settings, 44, 0)
+    planned = policy_gradient.planned(learner, [text.prompt for text in TEXTS[:2]], 0)
+    empty, ones = torch.zeros(0), torch.ones(32 * 44)
+    episodes = Episodes(
+        TEXTS * 4, [str(i) for i in range(32)], list(range(32)), torch.arange(33) * 44, ones, ones, ones, empty, empty, ones, ones.cumsum(0), ones
+    )  # fmt: skip
+    found = at_most(lambda: attempts._trust_region(learner, episodes))
+    learned = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    assert (planned.curvature > planned.activations) == (share == 1.0)
+    assert found == pytest.approx(4 * learned + max(planned.activations, planned.curvature), rel=0.2)
+    assert planned.weights - planned.held == learned  # the old policy
+
+
+def test_what_differentiates_too_much_twice_is_refused_for_that(monkeypatch):
+    monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000)
+    with pytest.raises(
+        OutOfMemory, match=r"trpo needs .* for its products with the Fisher matrix, .* lower `rl.trpo.fisher_share`, "
+    ):
+        plan.check(
+            made_up(curvature=9_000), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=True), "trpo"
+        )

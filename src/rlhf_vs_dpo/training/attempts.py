@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language import adapters, sharding
+from rlhf_vs_dpo.language.logprobs import Policy
+from rlhf_vs_dpo.language.models import device
 from rlhf_vs_dpo.language.text import Batch, collate, micro_batches
 from rlhf_vs_dpo.losses.ppo import policy_loss, value_loss
 from rlhf_vs_dpo.losses.reinforce import policy_gradient_loss
@@ -99,13 +101,23 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
 
 @contextmanager
 def in_full() -> Iterator[None]:
-    """Matrix products of float32 as float32, on a GPU, too, which otherwise takes TF32 (language/models.py)."""
+    """Float32 as float32, on a GPU, too, which otherwise takes bf16 or TF32 (language/models.py)."""
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device().type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(usual)
+
+
+@in_full()
+def slope_of_kl(policy: Policy, batch: Batch, parameters: Sequence[Tensor], units: float) -> Tensor:
+    """Gradient of the mean KL(old, new) at new = old, (P,), with the graph that leads to second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH):  # the one attention kernel that can be differentiated twice
+        new = policy.distributions(batch)
+        kl = kl_divergence(new.detach(), new).sum() / units
+        return torch.cat([g.flatten() for g in torch.autograd.grad(kl, parameters, create_graph=True)])
 
 
 @in_full()
@@ -129,13 +141,8 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
             total += torch.cat([g.flatten() for g in torch.autograd.grad(gain, parameters)])
         return reduce(total)
 
-    slopes = []  # of the mean KL, with their graphs: each product below goes once through them
-    for group in fisher_micro:
-        with sdpa_kernel(SDPBackend.MATH):  # the one attention kernel that can be differentiated twice
-            new = policy.distributions(group.batch)
-            kl = kl_divergence(new.detach(), new).sum() / fisher_units
-            slope = torch.autograd.grad(kl, parameters, create_graph=True)
-            slopes.append(torch.cat([g.flatten() for g in slope]))
+    g = gradient()  # before the graphs of the slopes are there, each of which a product goes through once
+    slopes = [slope_of_kl(policy, group.batch, parameters, fisher_units) for group in fisher_micro]
 
     def fisher_product(vector: Tensor) -> Tensor:
         total = torch.zeros_like(start)
@@ -161,7 +168,6 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
         gain, kl = (reduce(sums) / units).tolist()
         return gain, kl
 
-    g = gradient()
     length = _length(learner, episodes, range(len(episodes.tokens)))
     # A product is a backward pass through the graph of these episodes; one more measures the curvature along the step.
     learner.trained += length + (settings.cg_steps + 1) * _length(learner, episodes, few)

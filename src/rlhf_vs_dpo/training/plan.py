@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     tokens       padded tokens that `activations` are of, as many or more
     batch        padded tokens of a process's share of a batch, as many as those or more
     held         what is there before the first step: weights, and the copy of gradients that several processes exchange
+    curvature    what TRPO needs for its products with the Fisher matrix
     """
 
     weights: int
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     tokens: int
     batch: int
     held: int
+    curvature: int = 0
 
     @property
     def always(self) -> int:
@@ -61,8 +63,8 @@ class Plan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """At the worst moment: sampling and backward passes take turns."""
-        return self.always + max(self.activations, self.cache)
+        """At the worst moment: sampling, backward passes and products with the Fisher matrix take turns."""
+        return self.always + max(self.activations, self.cache, self.curvature)
 
     @property
     def of_token(self) -> float:
@@ -81,7 +83,10 @@ class Plan(NamedTuple):
         return self._replace(activations=self.smallest + max(round(more), 0), tokens=max(tokens, self.longest))
 
     def __str__(self) -> str:
-        parts = {name: getattr(self, name) for name in ("weights", "gradients", "optimiser", "activations", "cache")}
+        parts = {
+            name: getattr(self, name)
+            for name in ("weights", "gradients", "optimiser", "activations", "cache", "curvature")
+        }
         return ", ".join(f"{name} {readable(value)}" for name, value in parts.items() if value)
 
 
@@ -182,10 +187,12 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
     alone does not fit.
     """
     room = _room(accelerate.device, planned)
-    least = planned.always + max(planned.smallest, planned.cache)
+    least = planned.always + max(planned.smallest, planned.cache, planned.curvature)
     if least > room:
         doing, first = "for one example at a time", "set `memory.gradient_checkpointing: true`"
-        if planned.cache > planned.smallest:
+        if planned.curvature > max(planned.smallest, planned.cache):
+            doing, first = "for its products with the Fisher matrix", "lower `rl.trpo.fisher_share`"
+        elif planned.cache > planned.smallest:
             doing, first = "to sample", "lower `rl.defaults.episodes` and `monitor.prompts`"
         raise OutOfMemory(
             f"{what} needs {readable(least)} {doing}, and this device has {readable(room)} ({planned}). In params.yaml, "

@@ -6,7 +6,9 @@ left out on purpose, is listed in docs/ppo-details.md.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +28,14 @@ from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.checkpoint import Values
 from rlhf_vs_dpo.run.progress import Record, bar
 from rlhf_vs_dpo.training import plan
-from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy
+from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy, in_full, slope_of_kl
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator, scheduled
 from rlhf_vs_dpo.training.rollouts import Episodes, rollout, state_values
+
+PRODUCT = 1.4  # what a product with the Fisher matrix holds, as a multiple of the graph that it goes through
+VECTORS = 3  # as long as the policy has parameters, at the worst moment of TRPO, besides the three that are counted as for AdamW
 
 
 class Totals(NamedTuple):
@@ -75,8 +80,8 @@ def train(
     learner.memory.tokens = plan.check(
         planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what
     )
-    if settings.algorithm == "trpo":  # it needs whole distributions, with their graphs
-        learner.memory.tokens = min(learner.memory.tokens, max(1, AT_ONCE // networks.policy.vocabulary))
+    if settings.algorithm == "trpo":
+        learner.memory.tokens = whole_distributions(learner)
     rng = np.random.default_rng(seed)  # the same on every process
     distinct = settings.episodes // settings.samples_per_prompt
     # What an iteration hands to the next: prompts that are still to be asked, the KL coefficient, tokens generated and read.
@@ -164,12 +169,16 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     `watched` prompts are answered besides the episodes, by each process.
     """
     policy, reference, reward = learner.networks
+    trpo = learner.settings.algorithm == "trpo"
     whole = [Tokens(prompt, [policy.eos] * learner.max_new_tokens) for prompt in longest]
 
     def batch(count: int) -> Batch:
         return collate(whole[:count], learner.pad).to(learner.accelerate.device)
 
-    learning: dict[nn.Module, Callable[[int], Tensor]] = {policy: lambda count: policy(batch(count)).sums().sum()}
+    def likelihood(count: int) -> Tensor:
+        return policy(batch(count)).sums().sum()
+
+    learning: dict[nn.Module, Callable[[int], Tensor]] = {policy: in_full()(likelihood) if trpo else likelihood}
     if learner.critic is not None:
         value = learner.critic.network
         learning[value] = lambda count: state_values(value, batch(count)).sum()
@@ -177,7 +186,25 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     episodes = -(-learner.settings.episodes // processes)
     asked = min(rows_together(policy.model, length), max(episodes, watched))
     cache = asked * bytes_of_row(policy.model, length) + size_of_sampler(policy.model)
-    return plan.plan(learning, length, learner.memory.tokens, episodes, (reference, reward), cache, processes)
+    tokens = whole_distributions(learner) if trpo else learner.memory.tokens
+    found = plan.plan(learning, length, tokens, episodes, (reference, reward), cache, processes)
+    if not trpo:
+        return found
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    learned, weights = sum(p.nbytes for p in parameters), {p.data_ptr() for p in policy.parameters()}
+    few = -(-math.ceil(learner.settings.fisher_share * learner.settings.episodes) // processes)
+    one, two = (
+        plan.kept(partial(slope_of_kl, policy, batch(count), parameters, 1.0), learner.accelerate.device, weights)
+        for count in (1, 2)
+    )
+    slopes = -(-few * length // tokens)  # a vector for each micro-batch, besides those of the conjugate gradient
+    curvature = round(PRODUCT * (one + (few - 1) * (two - one))) + (VECTORS + slopes) * learned
+    return found._replace(weights=found.weights + learned, curvature=curvature)  # the old policy is held, too
+
+
+def whole_distributions(learner: Learner) -> int:
+    """Tokens of a micro-batch of TRPO, which compares whole distributions of two policies."""
+    return min(learner.memory.tokens, max(1, AT_ONCE // learner.networks.policy.vocabulary))
 
 
 def value_network(reward: Scorer) -> Scorer:
