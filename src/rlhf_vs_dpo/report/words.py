@@ -111,7 +111,7 @@ def _described(found: dict[str, Any], lines: int) -> list[str]:
         f"{few} (a line is a run of the whole pipeline from one seed: its own SFT policy, pairs, reward model, and one run of each method). "
         "That describes these policies; another line can order them otherwise, so no conclusion about methods is drawn. "
         f"`make profile NAME=seeds && make repro` runs lines 0 to 4. What is done is kept; what is missing takes about {missing} as long as this run "
-        "took (run.html has its seconds). From three lines on, the planned questions are answered.",
+        "took (run.html and run.md have its seconds). From three lines on, the planned questions are answered.",
     ]
 
 

@@ -68,7 +68,7 @@ def build(settings: Files, render: Render, drop: bool) -> Tables:
     for given in filter(None, (settings.preferences, settings.demonstrations, settings.corpus)):
         if not Path(given).resolve().is_relative_to(WATCHED.resolve()):
             print(
-                f"note: {given} is outside {WATCHED}/, so that DVC sees its name alone; after a change: dvc repro --force data"
+                f"note: {given} is outside {WATCHED}/, so that DVC sees its name alone; after a change: dvc repro --force data, then dvc repro"
             )
     rows = islice(read_rows(path), settings.splits.limit)
     pairs, left_out = to_pairs(rows, str(path), render, settings.splits, settings.turn_marker, drop)
