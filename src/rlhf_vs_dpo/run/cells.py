@@ -247,7 +247,10 @@ def repair() -> None:
             whole = False
         if not whole:
             lock.replace("dvc.lock.damaged")
-            print("dvc.lock was cut off and is now dvc.lock.damaged; what was finished comes back from DVC's cache", file=sys.stderr)
+            print(
+                "dvc.lock was cut off and is now dvc.lock.damaged; what was finished comes back from DVC's cache",
+                file=sys.stderr,
+            )
     if busy.exists():
         try:
             said = json.loads(busy.read_text())
