@@ -97,7 +97,7 @@ def inputs(prompts=80, seeds=(0, 1, 2), collapsed=()):
             runs[f"{stage}-{seed}"] = spent | {"tokens_generated": 500, "tokens_read": 100}
         rng = np.random.default_rng([9, seed])
         pool = []
-        for split, count, each in (("train", 20, 4), ("validation", 40, 8), ("test", prompts, 8)):
+        for split, count, each in (("train", 20, 4), ("validation", 40, 9), ("test", prompts, 8)):
             part = responses(rng, "pool", count, 0.0, 0.0, per_prompt=each).drop(columns="suffix")
             if split != "test":
                 part["prompt_id"] = split[0] + part["prompt_id"].str[1:]

@@ -320,3 +320,21 @@ def test_pairs_of_lines_differ_and_are_put_side_by_side():
     measured = [measure.policy(ours, line, pair_rewards=pairs) for pairs in (first, second)]
     found = measure.row(measured, Resamples(200, 0))["pair_accuracy"]
     assert found.each.tolist() == pytest.approx([1.0, 1 / 3]) and found.units == 3
+
+
+def test_a_difference_is_of_the_units_that_both_were_measured_on():
+    """Two rows that are equal on every prompt, one measured on a quarter of them: no other prompts may stand between them."""
+    rng = np.random.default_rng(0)
+    resamples = Resamples(400, 0)
+    prompts = rng.normal(size=200) * 2.0
+    both = np.stack([prompts + 0.1 * rng.normal(size=200) for _ in range(3)])
+    some = np.zeros((3, 200))
+    some[:, :48] = 1.0
+    whole = resamples.ratio("prompt", both, np.ones((3, 200)))
+    part = resamples.ratio("prompt", (both + 0.25) * some, some)
+    gap = resamples.difference(part, whole)
+    assert gap.value == pytest.approx(0.25) and gap.units == 48
+    assert gap.interval()["low"] == pytest.approx(0.25) and gap.interval()["high"] == pytest.approx(0.25)
+    assert abs(part.value - whole.value - 0.25) > 0.05  # what the means of different prompts would have said
+    alike = resamples.difference(whole, resamples.ratio("prompt", both - 1.0, np.ones((3, 200))))
+    assert alike.value == pytest.approx(1.0) and alike.units == 200

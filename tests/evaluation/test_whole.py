@@ -262,3 +262,43 @@ def test_other_runs_are_compared_and_reported_too(of, change):
         assert results["methods"]["sft"]["preferred"]["mean"] == 0.5 and "`preferred` is how often the judge" in text
     if "collapsed" in of:
         assert results["spread"]["dpo"]["collapsed"] == pytest.approx(1 / 3)
+
+
+def test_lines_are_read_where_the_same_share_of_training_is_done():
+    """Lines have their own pairs, and so their own numbers of steps: 121 and 122 are watched at other steps, 9 and 10 even at fewer."""
+    from rlhf_vs_dpo.evaluation import paths
+    from rlhf_vs_dpo.evaluation.statistics import Resamples
+
+    def table(steps: int, points: int) -> pd.DataFrame:
+        watched = sorted({round(p * steps / (points - 1)) for p in range(points)} | {steps})
+        rows = [(step, f"v{i}", step / steps) for step in watched for i in range(4)]
+        frame = pd.DataFrame(rows, columns=["step", "prompt_id", "gold"])
+        return frame.assign(**{name: 0.0 for name in paths.WATCHED if name != "gold"})
+
+    for of in ((121, 121, 122), (778, 781, 777), (9, 10, 10), (5, 121, 122)):
+        path = paths.of_training("dpo", [table(steps, 10) for steps in of], Resamples(100, 0))
+        _, counted = path.sums["gold"]
+        assert counted.all(), of  # every line has a say at every point
+        assert path.share[0] == 0 and path.share[-1] == 1
+        assert path.values("gold") == pytest.approx(path.share, abs=0.06)
+        each = np.stack([point.each for point in path.points["gold"]])
+        assert np.abs(each - path.share[:, None]).max() < 0.12
+
+
+def test_best_of_n_on_validation_prompts_is_not_compared_with_its_own_candidates():
+    """Against an independent sample the best of n wins n / (n + 1) of comparisons."""
+    from dataclasses import replace
+
+    of = synthetic.inputs(seeds=(0,))
+    rng = np.random.default_rng(0)
+    pool = pd.concat([of.pool[0][of.pool[0]["split"] == "validation"].assign(prompt_id=f"v{i}") for i in range(200)])
+    pool = pool.groupby("prompt_id").head(3).reset_index(drop=True)
+    pool["sample"] = pool.groupby("prompt_id").cumcount()
+    drawn = rng.normal(size=len(pool))
+    pool = pool.assign(reward=drawn, gold=drawn, utility=1e6 * drawn, finished=True)
+    whole_pool = pd.concat([of.pool[0][of.pool[0]["split"] != "validation"], pool], ignore_index=True)
+    of = replace(of, pool={0: whole_pool})
+    settings = synthetic.settings()
+    path, *_ = whole._best_of_n(of, of.lines(settings), whole.Resamples(100, 0))
+    assert list(path.share) == [1, 2]
+    assert path.values("preferred") == pytest.approx([1 / 2, 2 / 3], abs=0.06)

@@ -50,22 +50,27 @@ class Path:
 
 
 def of_training(method: str, tables: list[pd.DataFrame], resamples: Resamples) -> Path:
-    """The path of a method from the `watched` tables of its lines, with what `measure.watched` adds."""
-    steps = sorted(tables[0]["step"].unique())
+    """The path of a method from the `watched` tables of its lines, with what `measure.watched` adds.
+
+    Lines have their own numbers of steps, for they have their own pairs: points are the same where the same share of training is done.
+    A line is read at its point that is nearest to each share of the line with the fewest points.
+    """
+    watched = [np.array(sorted(table["step"].unique())) for table in tables]
+    shares = [steps / max(steps[-1], 1) for steps in watched]
+    share = min(shares, key=len)
+    steps = [of[np.abs(own[None] - share[:, None]).argmin(1)] for of, own in zip(watched, shares, strict=True)]
     prompts = sorted(tables[0]["prompt_id"].unique())
 
     def sums(metric: str) -> tuple[np.ndarray, np.ndarray]:
         tops, bottoms = [], []
-        for table in tables:
-            wide = table.pivot(index="step", columns="prompt_id", values=metric).reindex(index=steps, columns=prompts)
+        for table, at in zip(tables, steps, strict=True):
+            wide = table.pivot(index="step", columns="prompt_id", values=metric).reindex(index=at, columns=prompts)
             values = wide.to_numpy(float)
             tops.append(np.nan_to_num(values))
             bottoms.append(np.isfinite(values).astype(float))
         return np.stack(tops), np.stack(bottoms)  # (lines, K, prompts)
 
-    return _path(
-        method, np.array(steps) / max(steps[-1], 1), {m: sums(m) for m in WATCHED}, "validation prompt", resamples
-    )
+    return _path(method, share, {m: sums(m) for m in WATCHED}, "validation prompt", resamples)
 
 
 def _path(method: str, share: np.ndarray, sums: dict, kind: str, resamples: Resamples) -> Path:

@@ -29,7 +29,7 @@ A p-value is of the second way alone: corrected for twelve questions it has to h
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 import numpy as np
@@ -56,6 +56,7 @@ class Estimate:
     transform       monotone, applied to what is shown (exp for a perplexity)
     each, drawn     (S,) and (B, S): the estimate of each line, NaN where it has none, and that in each resample of the
                     units alone; what differences are made of. None for numbers that are read off others
+    kind, sums      of `Resamples.ratio`: what the units are, and numerators and denominators, each (S, units)
     """
 
     value: float
@@ -67,6 +68,8 @@ class Estimate:
     transform: Callable = field(default=same, compare=False)
     each: np.ndarray | None = None
     drawn: np.ndarray | None = None
+    kind: str = ""
+    sums: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def standard_error(self) -> float:
@@ -173,16 +176,19 @@ class Resamples:
         more usable responses weigh more. `transform` acts on the mean; a `share` lies between 0 and 1. Lines without any
         usable response have no say.
         """
+        sums = numerator, denominator
         if not (denominator.sum(1) > 0).any():
             nothing = np.full(len(denominator), np.nan), np.full((self.count, len(denominator)), np.nan)
-            return Estimate(float("nan"), np.full(self.count, np.nan), each=nothing[0], drawn=nothing[1])
+            return Estimate(
+                float("nan"), np.full(self.count, np.nan), each=nothing[0], drawn=nothing[1], kind=kind, sums=sums
+            )
         with np.errstate(invalid="ignore", divide="ignore"):
             each = numerator.sum(1) / denominator.sum(1)  # (lines,)
             weights = self.units(kind, numerator.shape[1])
             drawn = (weights @ numerator.T) / (weights @ denominator.T)  # (count, lines)
         limits = (0.0, 1.0) if share else (-np.inf, np.inf)
         counted = int((denominator.sum(0) > 0).sum())
-        return self.combine(each, drawn, counted, transform, limits)
+        return replace(self.combine(each, drawn, counted, transform, limits), kind=kind, sums=sums)
 
     def combine(
         self, each: np.ndarray, drawn: np.ndarray, units: int, transform: Callable = same,
@@ -207,7 +213,13 @@ class Resamples:
         return Estimate(value, draws, variance, len(of), units, limits, transform, each, drawn)
 
     def difference(self, a: Estimate, b: Estimate) -> Estimate:
-        """a - b, taken within each line and paired over what both resampled; of the lines in which both were measured."""
+        """a - b, taken within each line and paired over what both resampled; of the lines, and of the units, in which both were
+        measured."""
+        if a.sums is not None and b.sums is not None and a.kind == b.kind:
+            (_, of_a), (_, of_b) = a.sums, b.sums
+            if ((of_a > 0) != (of_b > 0)).any():
+                both = (of_a > 0) & (of_b > 0)
+                a, b = (self.ratio(of.kind, *(part * both for part in of.sums)) for of in (a, b))
         return self.combine(a.each - b.each, a.drawn - b.drawn, min(a.units, b.units))
 
 

@@ -409,10 +409,11 @@ def _best_of_n(
     """Best-of-n over n: its path on validation prompts, to compare and to fit; that as deep as the pool goes, on the test prompts
     that go so deep; and curves of all metrics, on all test prompts as far as all have samples, and on those that go deep."""
     held, wide, deep = inputs.drawn("validation"), inputs.drawn("test"), _deep(inputs)
-    # On validation prompts the SFT policy's other samples are those of the pool: the first of each prompt is what is beaten.
+    # On validation prompts the SFT policy's other samples are those of the pool: the first of each prompt is beaten, and not chosen from.
     like = [
         line._replace(sft=pool[pool["sample"] == 0].assign(suffix="")) for pool, line in zip(held, lines, strict=True)
     ]
+    held = [pool[pool["sample"] != 0] for pool in held]
     plan = [
         (pools, others, n) for pools, others in ((held, like), (wide, lines), (deep, lines)) for n in _powers(pools[0])
     ]
