@@ -45,8 +45,9 @@ def main(
         torch.manual_seed(seed)
         adapter = run.section("adapter")
         model, tokenizer = models.load_learner(sft, adapter, run.section("memory"))
-        start = models.start_of(model, sft)  # to measure KL at the watched points; training never sees it
         told = settings.recipe == "control_tokens"
+        # To measure KL at the watched points; training never sees it. With new embeddings the policy shares none with the SFT policy.
+        start = models.load_policy(sft)[0] if told else models.start_of(model, sft)
         if told:
             models.add_control_tokens(model, tokenizer, [imitation.GOOD, imitation.BAD], settings.weight_decay)
         policy, frozen = Policy(model, sampling.temperature), Policy(start, sampling.temperature)

@@ -58,7 +58,8 @@ def main(
             run.section("monitor"), sampling.max_new_tokens, seed, settings.iterations,
         )  # fmt: skip
         scorer = heads.load_scorer(reward, beside=None if adapter is None else start)
-        shown = tables.read_table(demonstrations, "demonstrations", "train").head(512)
+        shown = tables.read_table(demonstrations, "demonstrations", "train")
+        shown = shown.iloc[:: max(1, len(shown) // 512)].head(512)  # of the whole table, for it may be in some order
         invariants.check_normalised(
             scorer,
             text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], policy.context),

@@ -235,3 +235,45 @@ def test_full_rank_reaches_the_enumerable_optimum(monkeypatch):
     pairs = experiments.population(adapted, 8000, same=False, seed=0)
     loss = config.Dpo(loss="dpo", beta=0.5, batch=1024, learning_rate=3e-3, **experiments.PASSES)
     assert experiments.direct(adapted, loss, pairs, 150, problem.optimum(0.5), 0)[0]["kl"] < 0.08
+
+
+def test_a_base_that_is_held_in_bf16_is_shared_too(base, tokenizer):
+    """As on a GPU: the reward model comes from disk in float32, and stands on the base that the policy has."""
+    rewarding, _ = heads.scorer_from_policy(base, RANK_4)
+    rewarding.model.config.reward_shift, rewarding.model.config.reward_scale = 0.0, 1.0
+    models.save(rewarding.model, tokenizer, base.parent / "reward", base=base)
+    model, _ = models.load_learner(base, RANK_4)
+    start = models.start_of(models.in_bf16(model), base)
+    scorer = heads.load_scorer(base.parent / "reward", beside=start)
+    theirs = {p.data_ptr() for p in start.parameters()}
+    own = [name for name, p in scorer.model.named_parameters() if p.data_ptr() not in theirs]
+    assert own and all("lora_" in name or name.startswith("score") for name in own)
+    assert any(p.dtype is torch.bfloat16 for p in scorer.model.parameters())
+
+
+def test_what_adapters_of_a_rounded_base_have_learned_is_sampled(plain, tokenizer, examples, monkeypatch):
+    """On a GPU the base is held in bf16: an update that is smaller than its rounding would be lost in a sum of both."""
+    model = adapters.attach(plain, RANK_4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in adapters.attached(model).values():
+            layer.lora_B["default"].weight.normal_(std=1e-3)
+    models.in_bf16(model)
+    monkeypatch.setattr(models, "in_half", lambda device: True)
+    sampled = models.sampler(model)
+    theirs = {p.data_ptr() for p in model.parameters()}
+    copied = [p for p in sampled.parameters() if p.data_ptr() not in theirs]
+    assert models.size_of_sampler(model) == sum(p.nbytes for p in copied)
+    batch = collate(examples, tokenizer.pad_token_id)
+    for name, layer in adapters.attached(model).items():
+        other, base = adapters.attached(sampled)[name], layer.get_base_layer()
+        low, high = other.lora_A["default"].weight.float(), other.lora_B["default"].weight.float()
+        wanted = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert torch.nn.functional.cosine_similarity((high @ low).flatten(), wanted.flatten(), dim=0) > 0.999, name
+        assert (
+            other.get_base_layer().weight.data_ptr() == base.weight.data_ptr()
+            and other.in_features == layer.in_features
+        )
+    with torch.no_grad(), models.autocast(torch.device("cpu")):
+        ours, same = (Policy(of, 1.0)(batch).logp for of in (model, sampled))
+    assert torch.equal(ours, same)

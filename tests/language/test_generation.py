@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
+from conftest import gpt2, small_model
 
 from rlhf_vs_dpo.errors import DataError, ModelError
 from rlhf_vs_dpo.language import continuation
@@ -167,3 +167,15 @@ def test_steps_of_one_shape_say_the_same(model, tokenizer, temperature, monkeypa
     monkeypatch.setattr(continuation, "OfLlama", Counted)
     assert generate(policy, prompts, list(range(64)), 20, 0) == expected
     assert len(steps) > 5 and min(steps) < 64  # rows that had ended were cleared
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_vocabulary_is_read_in_float32_while_a_response_is_sampled(kind, tokenizer):
+    """In bf16 a token's logit steps by 1/8 between 16 and 32, and samples come from another distribution than is trained."""
+    model = small_model(tokenizer) if kind == "llama" else gpt2(tokenizer)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        going_on = continuation.continuation(model, [[1, 5, 6], [1, 7]], 4, tokenizer.pad_token_id)
+        assert going_on.logits.dtype is torch.float32
+        going_on.step(torch.tensor([5, 6]))
+        assert going_on.logits.dtype is torch.float32 and going_on.logits.shape == (2, len(tokenizer))
+        assert not torch.equal(going_on.logits, going_on.logits.bfloat16().float())

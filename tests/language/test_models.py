@@ -1,5 +1,7 @@
 """Model folders: what is loaded is whole, without dropout, and with a PAD of its own; what is saved is saved whole."""
 
+import json
+
 import pytest
 import torch
 from conftest import ROOT, small_model
@@ -203,3 +205,18 @@ def test_a_folder_that_lacks_a_weight_is_refused(folder):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"weights missing.*up_proj"):
         models.load_policy(folder)
+
+
+def test_how_a_pretrained_model_was_sampled_elsewhere_does_not_matter(tmp_path, model, tokenizer):
+    """A temperature without `do_sample` is a folder that transformers would not save again; penalties would stay in force unseen."""
+    from transformers import GenerationConfig
+
+    models.save(model, tokenizer, tmp_path / "theirs")
+    told = json.loads((tmp_path / "theirs" / "generation_config.json").read_text())
+    told |= {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.3}
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(told))
+    loaded, given = models.pretrained(base(pretrained=str(tmp_path / "theirs")))
+    models.save(loaded, given, tmp_path / "ours")
+    saved = GenerationConfig.from_pretrained(tmp_path / "ours")
+    assert saved.temperature in (None, 1.0) and saved.top_p in (None, 1.0) and saved.repetition_penalty in (None, 1.0)
+    assert saved.eos_token_id == given.eos_token_id and saved.suppress_tokens

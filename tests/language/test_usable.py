@@ -42,14 +42,14 @@ def test_drop_leaves_out_and_lists_every_row_with_its_reason(tokenizer):
     assert found.tables["dataset_pairs"]["pair_id"].tolist() == ["pair-0"]
     listed = {(row.table, row.row): row.reason for row in found.unusable.itertuples()}
     assert listed == {
-        ("prompts", 1): "a prompt of 11 tokens, more than the 10 that fit",
-        ("demonstrations", 1): "a prompt of 11 tokens, more than the 10 that fit",
+        ("prompts", 1): "a prompt of 11 tokens, more than the 9 that fit",
+        ("demonstrations", 1): "a prompt of 11 tokens, more than the 9 that fit",
         ("demonstrations", 2): "response spells a control token of this model: <eos>",
         ("demonstrations", 3): "a response of 9 tokens, more than `sampling.max_new_tokens` (6)",
         ("dataset_pairs", 1): "chosen and rejected are the same tokens to this model",
-        ("dataset_pairs", 2): "a prompt of 11 tokens, more than the 10 that fit",
+        ("dataset_pairs", 2): "a prompt of 11 tokens, more than the 9 that fit",
         ("dataset_pairs", 3): "chosen spells a control token of this model: <pad>",
-        ("dataset_pairs", 4): "prompt and chosen have 17 tokens, more than the model's context of 16",
+        ("dataset_pairs", 4): "prompt and chosen have 17 tokens, more than the 15 that fit",
     }
     assert found.unusable.loc[1, "id"] == "p1" and found.unusable.loc[4, "id"] == "pair-1"
     assert sum(map(len, found.tables.values())) + len(found.unusable) == sum(map(len, GIVEN.values()))
@@ -88,6 +88,6 @@ def test_everything_that_is_refused_is_said_at_once(tokenizer):
 
 
 def test_a_cap_on_prompts_below_the_context(tokenizer):
-    assert usable.limits(16, 6, None).prompt == 10 and usable.limits(16, 6, 4).prompt == 4
+    assert usable.limits(16, 6, None).prompt == 9 and usable.limits(16, 6, 4).prompt == 4
     capped = usable.sort(tokenizer, tables([GOOD, "the cat sat on"]), usable.limits(16, 6, 4), drop=True)
     assert capped.tables["prompts"]["prompt"].tolist() == [GOOD]

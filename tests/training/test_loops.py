@@ -480,3 +480,45 @@ def test_later_rounds_go_on_where_the_last_one_stopped(tokenizer, examples):
     assert [step for step, _ in rows] == [1, 2, 3, 4]
     with pytest.raises(Exception, match="step-0 invariant"):
         preference.train(policy, pairs, reference, settings, 2, 0, Record(log, "x"))
+
+
+def test_the_trust_region_shrinks_from_the_end_of_the_warm_up_on(tokenizer):
+    rows = []
+    settings = rl_settings("trpo").model_copy(
+        update={"iterations": 4, "episodes": 16, "max_kl": 0.005, "value_warmup": 2}
+    )
+    run_ppo(tokenizer, settings, log=lambda m, s: rows.append(m), max_new_tokens=3)
+    bounds = [row["update/kl_bound"] for row in rows if "update/kl_bound" in row]
+    assert bounds == pytest.approx([0.005, 0.0025])
+
+
+def test_the_kl_coefficient_waits_for_the_policy(tokenizer, monkeypatch):
+    """While the value network learns alone the KL is 0, which says nothing of the coefficient."""
+    from rlhf_vs_dpo.training import policy_gradient
+
+    asked = []
+    monkeypatch.setattr(policy_gradient, "next_kl_coefficient", lambda beta, *rest: asked.append(beta) or beta)
+    settings = rl_settings("ppo").model_copy(update={"iterations": 3, "kl_target": 1.0, "value_warmup": 2})
+    run_ppo(tokenizer, settings)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("budget", [20, 100_000])
+def test_micro_batches_do_not_change_a_natural_gradient_step(tokenizer, budget, monkeypatch):
+    found = []
+    for tokens in (100_000, budget):
+        monkeypatch.setattr(Policy, "budget", tokens)
+        model = small_model(tokenizer, scale=2.0)
+        settings = rl_settings("trpo").model_copy(update={"iterations": 1, "episodes": 16, "fisher_share": 1.0})
+        found.append(weights(run_ppo(tokenizer, settings, max_new_tokens=4, model=model)))
+    start = weights(Policy(small_model(tokenizer, scale=2.0), 1.0))
+    moved = (found[0] - start).abs().max()
+    assert moved > 0 and (found[0] - found[1]).abs().max() < 0.02 * moved
+
+
+def test_a_process_without_episodes_has_no_micro_batches():
+    """A share of few episodes, for the Fisher matrix, may leave a process without any."""
+    from types import SimpleNamespace
+
+    learner = SimpleNamespace(accelerate=accelerator(), pad=0, sharded=False)
+    assert attempts._micro(learner, None, [], 100) == []

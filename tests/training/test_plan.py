@@ -120,6 +120,7 @@ def test_on_a_gpu_a_micro_batch_fills_what_is_left(room, tokens, monkeypatch, ca
     assert plan.check(made_up(), 500, on_gpu, "x") == tokens
     monkeypatch.setenv("RLHF_MICRO_TOKENS", "500")
     assert plan.check(made_up(), 500, on_gpu, "x") == min(tokens, 500)
+    assert plan.check(made_up(), 500, on_gpu, "x", 70) == min(tokens, 70)
     assert plan.check(made_up(), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=False), "x") == 500
 
 
@@ -166,6 +167,10 @@ def test_memory_of_a_run_of_ppo(tokenizer):
     )
     learner = policy_gradient.new_learner(Networks(policy, reference, reward), [], rl_settings("ppo", episodes=8), 6, 0)
     bytes_of = lambda network: sum(p.nbytes for p in network.parameters())  # noqa: E731
+    whole = policy_gradient.planned(learner, [[1, 5, 6, 7], [1, 5]], 0)
+    ptx = policy_gradient.new_learner(Networks(policy, reference, reward), [], rl_settings("ppo_ptx", episodes=8), 6, 0)
+    kept = policy_gradient.planned(ptx, [[1, 5, 6, 7], [1, 5]], 0)
+    assert kept.activations == whole.activations + bytes_of(policy)  # PPO's gradients, beside those of documents
     for watched, asked in ((0, 8), (100, 100), (1000, 256)):
         found = policy_gradient.planned(learner, [[1, 5, 6, 7], [1, 5]], watched)
         assert found.weights == found.held == 2 * bytes_of(policy) + 2 * bytes_of(reward)

@@ -82,12 +82,15 @@ def learn_rows(weight: nn.Parameter, rows: list[int]) -> None:
 
 
 def share(model: nn.Module, other: nn.Module) -> None:
-    """Let `model` have the frozen weights of `other`, of the same base, in the place of its own copies of them."""
+    """Let `model` have the frozen weights of `other`, of the same base, in the place of its own copies of them: also where those lie on
+    another device, or are held in bf16."""
     theirs = {name: p for name, p in other.named_parameters() if not p.requires_grad}
     for path, module in model.named_modules():
         for name, own in list(module.named_parameters(recurse=False)):
             found = theirs.get(f"{path}.{name}")
-            if found is not None and not own.requires_grad and torch.equal(own, found):
+            if found is None or own.requires_grad or own.shape != found.shape:
+                continue
+            if torch.equal(own.to(found.device, found.dtype), found):
                 setattr(module, name, found)
 
 

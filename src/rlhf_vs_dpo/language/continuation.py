@@ -12,14 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_vs_dpo.language.llama import Rows, attend, heads, is_llama, rest, turns
+from rlhf_vs_dpo.language.models import in_float32, in_half
 
 
 def continuation(model: nn.Module, prompts: Sequence[Sequence[int]], most: int, pad: int) -> "OfLlama | AsItComes":
     """Read prompts (token ids, none empty), each of which gets `most` tokens at the most."""
     if not is_llama(model.base_model):
         return AsItComes(model, prompts, pad)
-    by_hand = InOneGraph if next(model.parameters()).device.type == "cuda" else OfLlama
+    by_hand = InOneGraph if next(model.parameters()).device.type == "cuda" and _of_one_shape(model) else OfLlama
     return by_hand(model, prompts, most)
+
+
+def _of_one_shape(model: nn.Module) -> bool:
+    """Whether a step asks the device for no number: turns that grow with the longest text do."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") not in ("dynamic", "longrope")
 
 
 def cache_of(model: nn.Module, rows: int, length: int) -> int:
@@ -27,7 +34,7 @@ def cache_of(model: nn.Module, rows: int, length: int) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 if next(model.parameters()).device.type == "cuda" else 4
+    size = 2 if in_half(next(model.parameters()).device) else 4
     return 2 * rows * length * config.num_hidden_layers * heads * width * size
 
 
@@ -74,7 +81,7 @@ class OfLlama:
         return rest(layer, flat, attended.flatten(1))
 
     def _logits(self, top: nn.Module, *last) -> Tensor:
-        return self.model.get_output_embeddings()(self.body.norm(self._after(top, *last)))
+        return in_float32(self.model.get_output_embeddings(), self.body.norm(self._after(top, *last)))
 
     def step(self, tokens: Tensor) -> None:
         """Append a token to each row, (rows,) int64."""
@@ -184,11 +191,11 @@ class AsItComes:
         self._read(torch.from_numpy(ids).to(device), (self.mask.cumsum(-1) - 1).clamp_min(0))
 
     def _read(self, ids: Tensor, place: Tensor) -> None:
-        said = self.model(
-            input_ids=ids, attention_mask=self.mask, position_ids=place, past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        self.logits, self.place = said.logits[:, -1], place[:, -1:]
+        read = self.model.base_model(
+            input_ids=ids, attention_mask=self.mask, position_ids=place, past_key_values=self.cache, use_cache=True
+        )
+        self.logits = in_float32(self.model.get_output_embeddings(), read.last_hidden_state[:, -1:])[:, 0]
+        self.place = place[:, -1:]
 
     def step(self, tokens: Tensor) -> None:
         """Append a token to each row, (rows,) int64."""

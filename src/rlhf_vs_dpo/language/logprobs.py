@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_vs_dpo.errors import ModelError
-from rlhf_vs_dpo.language.models import Network, in_float32
+from rlhf_vs_dpo.language.models import Network, in_float32, in_full
 from rlhf_vs_dpo.language.states import before, states
 from rlhf_vs_dpo.language.text import Batch
 
@@ -117,6 +117,7 @@ class Policy(Network):
         return in_float32(self.model.get_output_embeddings(), hidden)
 
 
+@in_full()
 def check_projection(policy: Policy, batch: Batch) -> None:
     """Refuse a model whose logits are not a plain projection of its last hidden state (soft caps, logit scales).
 

@@ -3,7 +3,8 @@
 import copy
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -43,6 +44,18 @@ def autocast(device: torch.device, cached: bool = True):
     cached    whether what is cast once is kept until the end
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cached) if in_half(device) else nullcontext()
+
+
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Float32 as float32, on a GPU, too, which otherwise takes bf16 or TF32."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device().type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -97,16 +110,29 @@ def in_bf16(model: nn.Module, learning: bool = False) -> nn.Module:
 def sampler(model: nn.Module) -> nn.Module:
     """The network that responses are sampled from: on a CPU the model itself, its adapters merged; on a GPU a copy in bf16.
 
-    `autocast` would cast float32 matrices again for every token.
+    `autocast` would cast float32 matrices again for every token. Adapters of matrices that are held in bf16 stay beside them: in bf16 a
+    sum of both would lose most of what was learned, which is smaller than the rounding.
     """
+    if in_half(device()) and _rounded(model):
+        return in_bf16(adapters.twin(model), learning=True)
     merged = sharding.whole(adapters.merged(model))
     if not in_half(device()):
         return merged
     return in_bf16(copy.deepcopy(merged, {id(p): p for p in merged.parameters()}), learning=True)
 
 
+def _rounded(model: nn.Module) -> bool:
+    """Whether a model has adapters of matrices that `light` has rounded."""
+    return any(layer.get_base_layer().weight.dtype is torch.bfloat16 for layer in adapters.attached(model).values())
+
+
 def size_of_sampler(model: nn.Module) -> int:
     """Bytes of what `sampler` holds besides the model, at the most."""
+    if in_half(device()) and _rounded(model):
+        matrices = {id(layer.weight) for _, layer in adapters.linear(model.base_model)}
+        return sum(
+            (2 if id(p) in matrices else p.element_size()) * p.numel() for p in model.parameters() if p.requires_grad
+        )
     if sharding.sharded(model):
         found = sharding.size_of_whole(model)
     else:
@@ -228,11 +254,15 @@ def pretrained(settings: Base):
     A PAD that is missing or equals EOS is replaced by a token of its own, or the policy would never learn to stop. It is never
     said, nor is a BOS that has no other meaning.
     """
+    from transformers import GenerationConfig
+
     name = settings.pretrained
     model, tokenizer = load(name, "AutoModelForCausalLM", _origin(name, settings.revision))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no EOS token, so that no response could end")
     tokenizer.clean_up_tokenization_spaces = False
+    # Of how the model was sampled elsewhere (temperature, top-p, penalties) nothing holds here, but what it never says.
+    model.generation_config = GenerationConfig(suppress_tokens=model.generation_config.suppress_tokens)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = len(tokenizer)
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

@@ -259,7 +259,7 @@ def micro_batches(
         count = made[len(groups)] if done else max(1, max_tokens // max(lengths[order[0]], 1))
         groups.append(order[:count])
         order = order[count:]
-    while len(groups) < at_least:
+    while groups and len(groups) < at_least:
         widest = max(range(len(groups)), key=lambda g: len(groups[g]))
         group = groups[widest]
         groups[widest : widest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]

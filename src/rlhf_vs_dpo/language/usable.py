@@ -17,7 +17,10 @@ LONG_SHARE = 0.01
 
 
 class Limits(NamedTuple):
-    """Tokens that fit: of a prompt and its response together, of a prompt, and of a response that is sampled."""
+    """Tokens that fit: of a prompt and its response together, of a prompt, and of a response that is sampled.
+
+    One token of the model's context stays free: a control token behind the prompt (`control_tokens`).
+    """
 
     context: int
     prompt: int
@@ -32,9 +35,9 @@ class Sorted(NamedTuple):
 
 
 def limits(context: int, max_new_tokens: int, max_prompt_tokens: int | None) -> Limits:
-    """What fits: a prompt must leave room for a response of `max_new_tokens`."""
-    room = context - max_new_tokens
-    return Limits(context, room if max_prompt_tokens is None else min(room, max_prompt_tokens), max_new_tokens)
+    """What fits: a prompt must leave room for a response of `max_new_tokens`, and for a control token."""
+    room = context - max_new_tokens - 1
+    return Limits(context - 1, room if max_prompt_tokens is None else min(room, max_prompt_tokens), max_new_tokens)
 
 
 def sort(tokenizer, tables: dict[str, pd.DataFrame], limit: Limits, drop: bool) -> Sorted:
@@ -95,9 +98,7 @@ def _response_fault(tokenizer, column: str, ids: list[int], prompt: int, limit: 
         spelled = ", ".join(tokenizer.convert_ids_to_tokens(sorted(control)))
         return f"{column} spells a control token of this model: {spelled}"
     if prompt + len(ids) + 1 > limit.context:
-        return (
-            f"prompt and {column} have {prompt + len(ids) + 1} tokens, more than the model's context of {limit.context}"
-        )
+        return f"prompt and {column} have {prompt + len(ids) + 1} tokens, more than the {limit.context} that fit"
     return None
 
 

@@ -12,7 +12,6 @@ needs second derivatives; the third imitates the brake by clipping, at the price
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language import adapters, sharding
 from rlhf_vs_dpo.language.logprobs import Policy
-from rlhf_vs_dpo.language.models import device
+from rlhf_vs_dpo.language.models import in_full
 from rlhf_vs_dpo.language.text import Batch, collate, micro_batches
 from rlhf_vs_dpo.losses.ppo import policy_loss, value_loss
 from rlhf_vs_dpo.losses.reinforce import policy_gradient_loss
@@ -99,18 +98,6 @@ def trust_region_step(learner: Learner, episodes: Episodes) -> dict[str, float]:
     return metrics | averages.read()
 
 
-@contextmanager
-def in_full() -> Iterator[None]:
-    """Float32 as float32, on a GPU, too, which otherwise takes bf16 or TF32 (language/models.py)."""
-    usual = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device().type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(usual)
-
-
 @in_full()
 def slope_of_kl(policy: Policy, batch: Batch, parameters: Sequence[Tensor], units: float) -> Tensor:
     """Gradient of the mean KL(old, new) at new = old, (P,), with the graph that leads to second derivatives."""
@@ -141,14 +128,15 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
             total += torch.cat([g.flatten() for g in torch.autograd.grad(gain, parameters)])
         return reduce(total)
 
-    g = gradient()  # before the graphs of the slopes are there, each of which a product goes through once
-    slopes = [slope_of_kl(policy, group.batch, parameters, fisher_units) for group in fisher_micro]
+    g = gradient()  # before the graph of the slope is there, which a product goes through once
+    slope = [slope_of_kl(policy, group.batch, parameters, fisher_units) for group in fisher_micro]
+    slope = [sum(slope[1:], slope[0])] if slope else []  # one vector, however many micro-batches; none without episodes
 
     def fisher_product(vector: Tensor) -> Tensor:
         total = torch.zeros_like(start)
-        for slope in slopes:
+        for of in slope:
             with sdpa_kernel(SDPBackend.MATH):
-                along = torch.autograd.grad(slope, parameters, vector, retain_graph=True)
+                along = torch.autograd.grad(of, parameters, vector, retain_graph=True)
             total += torch.cat([g.flatten() for g in along])
         return reduce(total) + settings.damping * vector
 
@@ -173,6 +161,7 @@ def _trust_region(learner: Learner, episodes: Episodes) -> dict[str, float]:
     learner.trained += length + (settings.cg_steps + 1) * _length(learner, episodes, few)
     direction = conjugate_gradient(fisher_product, g, settings.cg_steps)
     curvature = float(direction @ fisher_product(direction))
+    slope.clear()  # with its graph: the line search needs room for whole distributions
     usable = math.isfinite(curvature) and curvature > 0
     bound = settings.max_kl * learner.trust
     step = math.sqrt(2 * bound / curvature) * direction if usable else torch.zeros_like(start)
@@ -270,8 +259,11 @@ def accumulate_ptx(learner: Learner, picked: list[int], tokens: int) -> dict[str
         return settings.ptx_coefficient * nll(actor.module(batch, temperature=1.0).sums()).sum()
 
     value = actor.accumulate(actor.share(picked, lengths, tokens), loss, units)
-    added = [p.grad - g if g is not None else p.grad for p, g in zip(actor.parameters, ppo, strict=True)]
     of_ppo = sharding.number(torch.nn.utils.get_total_norm([g for g in ppo if g is not None]))
+    for p, before in zip(actor.parameters, ppo, strict=True):  # in place: a second copy of all gradients would not fit
+        if before is not None:
+            before.neg_().add_(p.grad)
+    added = [p.grad if of is None else of for p, of in zip(actor.parameters, ppo, strict=True)]
     of_ptx = sharding.number(torch.nn.utils.get_total_norm([g for g in added if g is not None]))
     learner.trained += sum(len(corpus[i]) for i in picked)
     return {
@@ -329,7 +321,9 @@ def _micro(learner: Learner, episodes: Episodes, part: Sequence[int], tokens: in
         Micro(collate([episodes.tokens[i] for i in g], learner.pad).to(device), episodes.flat(g).to(device))
         for g in groups
     ]
-    return made + [made[0]._replace(weight=0.0)] * (most - len(made) if learner.sharded else 0)
+    if not learner.sharded:
+        return made
+    return made + [made[0]._replace(weight=0.0)] * (most - len(made))
 
 
 def _tokens(learner: Learner, episodes: Episodes, part: Sequence[int]) -> float:

@@ -124,7 +124,9 @@ class Optimiser:
         """
         world = self.accelerate.num_processes
         if len(indices) < world:
-            raise TrainingError(f"a batch of {len(indices)} cannot be divided among {world} processes; raise `batch`")
+            raise TrainingError(
+                f"a batch of {len(indices)} cannot be divided among {world} processes; raise `batch` (of PPO-ptx: `ptx_batch`)"
+            )
         if self.sharded and len(indices) % world:
             raise TrainingError(
                 f"with `memory.sharding`, a batch of {len(indices)} must be a multiple of the {world} processes: change `batch` or `ptx_batch`"

@@ -179,10 +179,10 @@ def kept(forward: Callable[[], Tensor], device: torch.device, weights: Collectio
     return sum(size for place, size in sizes.items() if place not in weights)
 
 
-def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int:
+def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str, most: int = MOST) -> int:
     """Say what is planned where it is a good part of the device's memory; returns tokens of a micro-batch.
 
-    On a GPU as many as fill it, and no more than RLHF_MICRO_TOKENS where that is set. On a CPU they stay as they are: what fits there
+    On a GPU as many as fill it, `most` at the most, and no more than RLHF_MICRO_TOKENS where that is set. On a CPU they stay as they are: what fits there
     depends on what else runs, and the order of sums on them. Raises OutOfMemory, with what to change, where even the longest example
     alone does not fit.
     """
@@ -191,7 +191,7 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
     if least > room:
         doing, first = "for one example at a time", "set `memory.gradient_checkpointing: true`"
         if planned.curvature > max(planned.smallest, planned.cache):
-            doing, first = "for its products with the Fisher matrix", "lower `rl.trpo.fisher_share`"
+            doing, first = "for its products with the Fisher matrix", f"lower `rl.{what}.fisher_share`"
         elif planned.cache > planned.smallest:
             doing, first = "to sample", "lower `rl.defaults.episodes` and `monitor.prompts`"
         raise OutOfMemory(
@@ -200,7 +200,7 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str) -> int
             "or take a smaller model, or a device with more memory"
         )
     if accelerate.device.type == "cuda":
-        fitting = max(1, min(MOST, planned.fitting(FILLED * (room - planned.always))))
+        fitting = max(1, min(most, planned.fitting(FILLED * (room - planned.always))))
         tokens = sharding.least(min(fitting, tokens) if "RLHF_MICRO_TOKENS" in os.environ else fitting)
         planned = planned.of(tokens)
     if accelerate.is_main_process and planned.total > SAID_FROM * room:

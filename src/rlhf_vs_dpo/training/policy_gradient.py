@@ -21,21 +21,21 @@ from rlhf_vs_dpo.language import adapters, sharding
 from rlhf_vs_dpo.language.generation import bytes_of_row, rows_together
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import AT_ONCE
-from rlhf_vs_dpo.language.models import autocast, freeze, size_of_sampler
+from rlhf_vs_dpo.language.models import autocast, freeze, in_full, size_of_sampler
 from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.checkpoint import Values
 from rlhf_vs_dpo.run.progress import Record, bar
 from rlhf_vs_dpo.training import plan
-from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy, in_full, slope_of_kl
+from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy, slope_of_kl
 from rlhf_vs_dpo.training.invariants import hold, tolerance
 from rlhf_vs_dpo.training.learner import Learner, Networks
 from rlhf_vs_dpo.training.optimise import Memory, Optimiser, accelerator, scheduled
 from rlhf_vs_dpo.training.rollouts import Episodes, rollout, state_values
 
 PRODUCT = 1.4  # what a product with the Fisher matrix holds, as a multiple of the graph that it goes through
-VECTORS = 3  # as long as the policy has parameters, at the worst moment of TRPO, besides the three that are counted as for AdamW
+VECTORS = 4  # as long as the policy has parameters, at the worst moment of TRPO, besides the three that are counted as for AdamW
 
 
 class Totals(NamedTuple):
@@ -62,8 +62,8 @@ def train(
     its own. `corpus` is read by PPO-ptx alone (`ptx_coefficient` > 0). Raises DataError where a prompt and a response of
     `max_new_tokens` do not fit the context, TrainingError at a broken step-0 invariant or a loss that is not finite.
     """
-    limit = networks.policy.context - max_new_tokens
-    check_context([len(ids) for ids in prompts.ids], prompts.names, limit, "the prompt (with room for a response) is")
+    lengths = [len(ids) + max_new_tokens for ids in prompts.ids]
+    check_context(lengths, prompts.names, networks.policy.context, "the prompt with room for a response is")
     attempt = ATTEMPTS[settings.algorithm]
     learner = new_learner(networks, corpus, settings, max_new_tokens, seed)
     accelerate = learner.accelerate
@@ -76,12 +76,17 @@ def train(
         )
     freeze(networks.reward)
     freeze(networks.reference)
-    longest, watched = sorted(prompts.ids, key=len)[:-3:-1], record.asked
-    learner.memory.tokens = plan.check(
-        planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what
+    longest, watched = (
+        [*map(list, sorted({*map(tuple, prompts.ids)}, key=lambda ids: (len(ids), ids))[:-3:-1])],
+        record.asked,
     )
-    if settings.algorithm == "trpo":
-        learner.memory.tokens = whole_distributions(learner)
+    most = plan.MOST
+    if settings.algorithm == "trpo":  # it compares whole distributions of two policies
+        most = max(1, AT_ONCE // networks.policy.vocabulary)
+        learner.memory.tokens = min(learner.memory.tokens, most)
+    learner.memory.tokens = plan.check(
+        planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what, most
+    )
     rng = np.random.default_rng(seed)  # the same on every process
     distinct = settings.episodes // settings.samples_per_prompt
     # What an iteration hands to the next: prompts that are still to be asked, the KL coefficient, tokens generated and read.
@@ -108,11 +113,14 @@ def train(
             at.read += int(metrics.pop("tokens_read"))
             experience, explained = attempt.advantages(learner, experience)
             metrics |= explained
-            learner.train_policy = iteration >= getattr(settings, "value_warmup", 0)
-            learner.trust = scheduled(settings.schedule, iteration, settings.iterations, warmup=0.0)
+            waited = getattr(settings, "value_warmup", 0)
+            learner.train_policy = iteration >= waited
+            learner.trust = scheduled(
+                settings.schedule, max(iteration - waited, 0), max(settings.iterations - waited, 1), warmup=0.0
+            )
             updates = attempt.improve(learner, experience)
             check_policy(learner, experience)
-            if settings.kl_target is not None:
+            if settings.kl_target is not None and learner.train_policy:
                 at.beta = next_kl_coefficient(
                     at.beta, metrics["kl"], settings.kl_target, settings.kl_horizon, settings.episodes
                 )
@@ -170,7 +178,7 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     """
     policy, reference, reward = learner.networks
     trpo = learner.settings.algorithm == "trpo"
-    whole = [Tokens(prompt, [policy.eos] * learner.max_new_tokens) for prompt in longest]
+    whole = [Tokens(prompt, [policy.eos] * learner.max_new_tokens) for prompt in (*longest, *longest)[:2]]
 
     def batch(count: int) -> Batch:
         return collate(whole[:count], learner.pad).to(learner.accelerate.device)
@@ -186,25 +194,22 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     episodes = -(-learner.settings.episodes // processes)
     asked = min(rows_together(policy.model, length), max(episodes, watched))
     cache = asked * bytes_of_row(policy.model, length) + size_of_sampler(policy.model)
-    tokens = whole_distributions(learner) if trpo else learner.memory.tokens
-    found = plan.plan(learning, length, tokens, episodes, (reference, reward), cache, processes)
-    if not trpo:
-        return found
+    found = plan.plan(learning, length, learner.memory.tokens, episodes, (reference, reward), cache, processes)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     learned, weights = sum(p.nbytes for p in parameters), {p.data_ptr() for p in policy.parameters()}
+    if (
+        getattr(learner.settings, "ptx_coefficient", 0.0) > 0
+    ):  # PPO's gradients are kept while those of documents are made
+        return found._replace(activations=found.activations + learned, smallest=found.smallest + learned)
+    if not trpo:
+        return found
     few = -(-math.ceil(learner.settings.fisher_share * learner.settings.episodes) // processes)
     one, two = (
         plan.kept(partial(slope_of_kl, policy, batch(count), parameters, 1.0), learner.accelerate.device, weights)
         for count in (1, 2)
     )
-    slopes = -(-few * length // tokens)  # a vector for each micro-batch, besides those of the conjugate gradient
-    curvature = round(PRODUCT * (one + (few - 1) * (two - one))) + (VECTORS + slopes) * learned
+    curvature = round(PRODUCT * (one + (few - 1) * (two - one))) + VECTORS * learned
     return found._replace(weights=found.weights + learned, curvature=curvature)  # the old policy is held, too
-
-
-def whole_distributions(learner: Learner) -> int:
-    """Tokens of a micro-batch of TRPO, which compares whole distributions of two policies."""
-    return min(learner.memory.tokens, max(1, AT_ONCE // learner.networks.policy.vocabulary))
 
 
 def value_network(reward: Scorer) -> Scorer:
