@@ -19,7 +19,7 @@ def main(
 ) -> None:
     """Make the model that SFT starts from: all tokens of the corpus are predicted."""
     launch.on_all_devices()
-    with frame.stage("base", [corpus], run_file, [world]) as run:
+    with frame.stage("base", [corpus], run_file, [world, Path("data/own")]) as run:
         import torch
 
         from rlhf_vs_dpo import tables

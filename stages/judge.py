@@ -15,7 +15,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the judgements go.")],
 ) -> None:
     """Write `judgements`: who won, whether the judge agreed with itself, and which place it favoured."""
-    with frame.stage("judge", [prompts], None, [samples, world]) as run:
+    with frame.stage("judge", [prompts], None, [samples, world, Path("data/own")]) as run:
         import pandas as pd
 
         from rlhf_vs_dpo import config, tables

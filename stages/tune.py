@@ -45,7 +45,9 @@ def main(
         stage = runpy.run_path(str(Path(__file__).with_name(f"{family}.py")))["main"]  # that of the comparison itself
         # Watched before the first step, where the policy is the SFT policy, and after the last.
         params |= {"monitor": {"points": 1, "prompts": run.section("pool").validation_prompts}}
-        rivals = tables.read_table(line / "pool.parquet", "pool", "validation")[["prompt_id", "utility"]]
+        drawn = tables.read_table(line / "pool.parquet", "pool", "validation")
+        trial.check_criterion(tuning.criterion, drawn)
+        rivals = drawn[["prompt_id", "utility"]]
         ruler = trial.Ruler(
             heads.load_scorer(line / "reward"), rivals, run.section("preferences"), config.section(params, "evaluate")
         )

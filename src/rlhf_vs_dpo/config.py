@@ -17,6 +17,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]  # of what an interval is over: one alone says nothing of another
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Steps = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -43,8 +45,8 @@ class Flaws(Section):
 
 class MiniTldr(Section):
     train: Count
-    validation: Count
-    test: Count
+    validation: Several
+    test: Several
     corpus_train: Count
     corpus_validation: Count
     flaws: Flaws
@@ -87,8 +89,8 @@ class Imdb(Section):
     dataset: str
     revision: str | None
     train: Count
-    validation: Count
-    test: Count
+    validation: Several
+    test: Several
     corpus_train: Count
     corpus_validation: Count
     classifier_reviews: Count
@@ -211,7 +213,7 @@ class Monitor(Section):
     """Held-out sampling while rl, preference and imitation methods train."""
 
     points: Count
-    prompts: Count
+    prompts: Several
 
 
 class Pool(Section):
@@ -219,9 +221,9 @@ class Pool(Section):
 
     train_prompts: Count
     train_samples: Count
-    validation_prompts: Count
-    validation_samples: Count
-    test_prompts: Count
+    validation_prompts: Several
+    validation_samples: Several
+    test_prompts: Several
     test_samples: Count
     deep_prompts: Steps
     deep_samples: Count
@@ -395,7 +397,7 @@ Imitation = Annotated[ChosenSft | ControlTokens | RmFiltered | BestOfN, Field(di
 
 
 class Sample(Section):
-    prompts: Count
+    prompts: Several
     per_prompt: Count
 
 
@@ -505,9 +507,9 @@ class Tuning(Section):
     """
 
     trials: Count
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     criterion: Literal["preferred", "gold", "utility", "objective", "reward"]
-    spaces: dict[Name, Annotated[dict[str, Range], Field(min_length=1, max_length=3)]]
+    spaces: Annotated[dict[Name, Annotated[dict[str, Range], Field(min_length=1, max_length=3)]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _ordered(self) -> "Tuning":
@@ -528,8 +530,8 @@ class Policies(Section):
 
 
 SECTIONS: dict[str, Any] = {
-    "seed": Annotated[int, Field(ge=0)],
-    "seeds": Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)],
+    "seed": Seed,
+    "seeds": Annotated[list[Seed], Field(min_length=1)],
     "policies": Policies,
     "data": Data,
     "base": Base,
@@ -709,6 +711,8 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
         for name in dict.fromkeys(name for group in groups for name in group):
             if name not in known and not re.fullmatch(r"best_of_\d+", name):
                 faults.append(f"{place}: `evaluate.{key}` names {name!r}, which is no method of params.yaml")
+    for method in evaluate.settings_of.keys() - known:
+        faults.append(f"{place}: `evaluate.settings_of` is for {method!r}, which is no method of params.yaml")
     for a, b in evaluate.questions:
         if a == b:
             faults.append(f"{place}: `evaluate.questions` asks how {a} differs from itself")

@@ -326,3 +326,46 @@ def test_attempts_that_wait_for_one_another_all_come_to_an_end(here):
     assert not any(thread.is_alive() for thread in threads)
     (run,), history = stored(here)
     assert history == whole(12) and run.info.status == "FINISHED" and run.data.tags["attempts"] == "3"
+
+
+def test_a_count_that_was_cut_off_is_counted_as_nothing_sent(here):
+    """A process that was killed while it wrote: lines that are sent again do no harm, a journal that cannot be opened would."""
+    kept = Journal("cut")
+    kept.add(BEGIN)
+    kept.close()
+    kept.path.with_suffix(".sent").write_text("")
+    again = Journal("cut")
+    assert again.sent == 0 and len(again.lines()) == 1
+    again.taken(1)
+    assert again.path.with_suffix(".sent").read_text() == "1"
+
+
+def test_threads_may_notice_a_silence_at_once(here):
+    for _ in range(20):
+        journal.silence().unlink(missing_ok=True)
+        together, found, lost = threading.Barrier(8), [], []
+
+        def notice(together=together, found=found, lost=lost):
+            together.wait()
+            try:
+                found.append(journal.silent_since())
+            except Exception as error:
+                lost.append(error)
+
+        threads = [threading.Thread(target=notice) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not lost and max(found) - min(found) < 5 and journal.silence().exists()
+
+
+def test_what_is_measured_can_be_put_onto_runs_later_where_mlflow_is_away(here, monkeypatch):
+    from rlhf_vs_dpo.run import publish
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(journal, "SILENT_SECONDS", 0.1)
+    said = []
+    publish.publish([], ["gold"], said.append)
+    assert "MLflow does not answer" in said[0] and "dvc repro --force --single-item evaluate" in said[-1]

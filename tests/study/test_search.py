@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from rlhf_vs_dpo import config
+from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.study import __main__ as printed
 from rlhf_vs_dpo.study import figures, search, space, summary
 
@@ -103,7 +104,7 @@ def made_up(method: str, preferred: list[float], outcomes: list[str]) -> pd.Data
         {
             "method": method, "trial": range(1, count + 1), "settings": '{"learning_rate": 0.001}', "outcome": outcomes, "said": "",
             "preferred": preferred, "utility": preferred, "objective": preferred, "gold": preferred, "reward": preferred, "kl": kl,
-            "tokens": 20.0, "finished": 1.0, "seconds": 1.0, "flops": 1e12,
+            "tokens": 20.0, "finished": 1.0, "seconds": 1.0, "flops": [np.nan if said == "diverged" else 1e12 for said in outcomes],
         }
     )  # fmt: skip
 
@@ -148,3 +149,13 @@ def test_figures_and_summary_of_any_mixture_of_outcomes(tmp_path):
     assert head[9:] == ["test", "setting"] and {row[0]: row[9] for row in shown} == {
         "ppo": "0.61 (0.60 to 0.62)", "dpo": "-", "simpo": "-"
     }  # fmt: skip
+
+
+def test_a_criterion_that_nobody_can_tell_is_refused_before_any_trial():
+    from rlhf_vs_dpo.study.trial import check_criterion
+
+    pool = pd.DataFrame({"utility": [None, None], "gold": [float("nan")] * 2, "reward": [0.1, None]}, dtype=float)
+    check_criterion("reward", pool)
+    for criterion, needed in (("preferred", "utility"), ("objective", "utility"), ("gold", "gold")):
+        with pytest.raises(DataError, match=f"`tuning.criterion` is {criterion}, and this source has no {needed}"):
+            check_criterion(criterion, pool)

@@ -158,9 +158,9 @@ def blocks(source: Source) -> list[Block]:
         Heading("How training went", "training"),
         *figures("training"),
         *judged(found),
-        Heading("The same post, summarised by every policy", "texts"),
+        Heading("The same prompt, answered by every policy", "texts"),
         Text(
-            "Open a post: the first sample of each policy of the first line, and the best of the first n of the pool."
+            "Open a prompt: the first sample of each policy of the first line, and the best of the first n of the pool."
             + (
                 " Marks are what the gold reward says of each clause: coverage, and what it adds; faithfulness, redundancy, filler "
                 "and form, and what they cost."
@@ -178,7 +178,7 @@ def blocks(source: Source) -> list[Block]:
         Details("Bounds beside what was measured", [bounds(found)]),
         Heading("Where every number comes from", "traces"),
         Text(
-            "`dvc repro <stage>` makes a policy again; its hash is that of its weights in dvc.lock, the same on every machine; "
+            "`dvc repro <stage>` makes a policy again; its hash is that of its weights in dvc.lock (the same on every machine where docs/same-bytes.md holds); "
             "`dvc checkout` brings them back. Its MLflow run stands in run.html (run.md). All numbers are in evaluation/results.json."
         ),
         *traces(source.traces),
@@ -209,7 +209,7 @@ def run_blocks(source: Source) -> list[Block]:
     ]  # fmt: skip
     return [
         Text(
-            "What differs from one run to the next stands here, and here alone: all other pages of the report are the same on every machine. "
+            "What differs from one run to the next stands here, and here alone: all other pages of the report are the same on every machine where docs/same-bytes.md holds. "
             f"Computed on {'; '.join(devices)}."
         ),
         Text(
@@ -314,7 +314,7 @@ def questions(found: dict[str, Any]) -> list[Block]:
         rows.append(row)
     intro = (
         "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that answer them were run. Differences are taken within each line and prompt; "
-        "p is of Student's t with the bootstrap's standard error over lines and prompts, corrected on each axis by Holm over the questions."
+        "p is of an interval over lines and prompts that is a little wider than the one shown (docs/statistics.md), corrected on each axis by Holm over the questions."
         if answer
         else "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that will answer them; they are answered from three lines on. Here are "
         "the differences between these policies, with intervals over prompts."
@@ -566,8 +566,8 @@ def bent(found: dict[str, Any]) -> list[Block]:
     before = (
         [
             Text(
-                f"In the preference data {', and '.join(said)}: that is the annotator's taste, and what a policy has beyond the chosen "
-                "responses it has amplified (of length, a part is what coverage needs)."
+                f"In the preference data {', and '.join(said)}: what a policy has beyond the chosen responses, it has amplified. "
+                "(Of length, a part may be what a better response needs.)"
             )
         ]
         if said

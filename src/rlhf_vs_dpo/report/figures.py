@@ -543,12 +543,14 @@ def training(learning: pd.DataFrame, style: Style) -> Figure | None:
         for row in panels
         if any(learning[metric].notna().any() for metric, _ in row)
     ]  # fmt: skip
+    if not lines:
+        return None
     return Figure(
         "training",
-        "Training curves (means, where there are several seeds): the DPO family above (and the log-probabilities of chosen and rejected responses), "
-        "the RL family below",
-        "Six panels of training curves: accuracy and margin of implicit rewards, log-probabilities of chosen and rejected "
-        "responses, RM score, entropy and policy change per iteration.",
+        "Training curves (means, where there are several seeds): of methods that learn from preferences, accuracy, margin and log-probabilities of chosen "
+        "and rejected responses; of RL, score, entropy and policy change",
+        "Panels of training curves: for methods that learn from preferences, accuracy and margin of implicit rewards and log-probabilities of chosen and "
+        "rejected responses; for RL, RM score, entropy and policy change per iteration.",
         alt.vconcat(*lines, spacing=10),
     )
 

@@ -70,7 +70,7 @@ def axes_explained(found: dict[str, Any]) -> str:
         )
     else:
         said.append(
-            "Nobody simulated made these pairs and no judge was named in their place (`evaluate.preferred_by`): what the labels asked "
+            "Nobody simulated made these pairs and no judge stands in their place (`evaluate.preferred_by`): what the labels asked "
             "for is not measured."
         )
     if "gold" not in found["axes"]:
@@ -85,7 +85,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     """What was found: a description of one line or two, or answers to the planned questions from three on."""
     measured = {row for row, m in found["methods"].items() if m[found["axes"][0]]["mean"] is not None}
     if "sft" not in measured or len(measured) < 2:
-        return ["Too few policies finished a response to be compared."]
+        return [f"Too few policies have a value of {NAMES[found['axes'][0]]} to be compared."]
     lines = len(found["seeds"])
     said = _answered(found, lines) if found["answers"] else _described(found, lines)
     failed = _failed(found)
@@ -105,20 +105,26 @@ def _described(found: dict[str, Any], lines: int) -> list[str]:
         rank = float(stats.spearmanr(both[:, 0], both[:, 1]).statistic) if len(both) > 2 else float("nan")
         if np.isfinite(rank):
             said += f". The two orders of rows correlate by {rank:.2f} (Spearman: 1 is the same order, 0 no relation, −1 the reverse)"
-    few, missing = ("One line was run", "four times") if lines == 1 else ("Two lines were run", "one and a half times")
+    few = "One line was run" if lines == 1 else "Two lines were run"
+    missing = len({*range(5)} - {*found["seeds"]})
     return [
         said + ".",
         f"{few} (a line is a run of the whole pipeline from one seed: its own SFT policy, pairs, reward model, and one run of each method). "
         "That describes these policies; another line can order them otherwise, so no conclusion about methods is drawn. "
-        f"`make profile NAME=seeds && make repro` runs lines 0 to 4. What is done is kept; what is missing takes about {missing} as long as this run "
-        "took (run.html and run.md have its seconds). From three lines on, the planned questions are answered.",
+        f"`make profile NAME=seeds && make repro` runs lines 0 to 4. What is done is kept; {missing} lines are missing, and each takes about as long as one of "
+        "this run (run.html and run.md have its seconds). From three lines on, the planned questions are answered.",
     ]
 
 
 def _answered(found: dict[str, Any], lines: int) -> list[str]:
     said = []
     for axis in found["axes"]:
-        asked = found["questions"][axis]
+        asked = [q for q in found["questions"][axis] if q["answer"] is not None]
+        without = len(found["questions"][axis]) - len(asked)
+        lost = f" {without} more could not be: a row has no value in some line." if without else ""
+        if not asked:
+            said.append(f"In {NAMES[axis]}, no question could be answered (`evaluate.questions`).{lost}")
+            continue
         known = [q for q in asked if q["answer"] in ("a", "b")]
         told = "; ".join(
             f"{q['a']} over {q['b']} by {number(q)}"
@@ -127,9 +133,9 @@ def _answered(found: dict[str, Any], lines: int) -> list[str]:
             for q in known
         )
         said.append(
-            f"In {NAMES[axis]}, {len(known)} of {len(asked)} planned questions are answered (Holm over them, 5 %): {told}."
+            f"In {NAMES[axis]}, {len(known)} of {len(asked)} planned questions are answered (Holm over them, 5 %): {told}.{lost}"
             if told
-            else f"In {NAMES[axis]}, none of the {len(asked)} planned questions is answered: no difference is sure at 5 % after Holm over them."
+            else f"In {NAMES[axis]}, none of the {len(asked)} planned questions is answered: no difference is sure at 5 % after Holm over them.{lost}"
         )
     if any(q["answer"] == "open" for axis in found["axes"] for q in found["questions"][axis]):
         said.append(
@@ -179,7 +185,7 @@ def limits(found: dict[str, Any]) -> list[str]:
             else f" and over {lines} lines together, widened for how few there are. Each policy is compared with the SFT policy of its line, "
             "and differences between methods are taken within each line before they are averaged."
         ),
-        "Each method was run at one setting (params.yaml): the order of methods is an order of settings, too.",
+        "Each row was run at one setting (params.yaml): the order of rows is an order of settings, too.",
         "RM reward is the mean over responses that ended, for there is no EOS to score the others at."
         + (
             " Every line has a reward model of its own, and these are not on one scale: what is averaged over lines is each policy's "

@@ -47,13 +47,20 @@ class Journal:
         if self.path.exists():  # half a line at the end, of a process that was killed, is cut off
             with self.path.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
-        self.sent = int(self._count.read_text()) if self._count.exists() else 0
+        self.sent = self._noted()
         self.unsent_bytes = 0
         self._turn = threading.Condition()
 
     @property
     def _count(self) -> Path:
         return self.path.with_suffix(".sent")
+
+    def _noted(self) -> int:
+        """How many lines MLflow is known to have; 0 where nobody could note it: to send a line again does no harm."""
+        try:
+            return int(self._count.read_text())
+        except (OSError, ValueError):
+            return 0
 
     @property
     def files(self) -> Path:
@@ -93,7 +100,8 @@ class Journal:
     def taken(self, count: int) -> None:
         """Note that MLflow has `count` lines."""
         self.sent = count
-        self._count.write_text(str(count))
+        with atomic.writing(self._count) as temporary:
+            temporary.write_text(str(count))
         with self._turn:
             self.unsent_bytes = 0
             self._turn.notify_all()
@@ -242,32 +250,39 @@ class Sender:
             client.log_inputs(self.run_id, tables)
 
     def patiently(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns, tried until MLflow answers.
+        """What `action` returns, see the function; a stage that works does not mind how long it takes."""
+        kept = f"work goes on, and what is said is kept in {folder()} until it does"
+        return patiently(action, self.say, kept, lambda: self.patience if self.ended else None)
 
-        Raises Unanswered where the stage has ended and MLflow has been silent for `patience` seconds, whomever it was silent to first.
-        """
-        pause = 1.0
-        while True:
-            try:
-                result = action()
-            except Exception as error:  # MLflow lets through what SQLAlchemy, SQLite and requests raise
-                if not out_of_reach(error):
-                    raise
-                first = not silence().exists()
-                since = silent_since()
-                if first:
-                    self.say(
-                        f"MLflow does not answer ({_short(error)}); work goes on, and what is said is kept in {folder()} until it does"
-                    )
-                if self.ended and time.time() - since >= self.patience:
-                    raise Unanswered(_short(error)) from error
-                time.sleep(pause)
-                pause = min(2 * pause, 15.0)
-            else:
-                if silence().exists():
-                    silence().unlink(missing_ok=True)
-                    self.say("MLflow answers again")
-                return result
+
+def patiently(
+    action: Callable[[], Any], say: Callable[[str], None], meanwhile: str, patience: Callable[[], float | None]
+) -> Any:
+    """What `action` returns, tried until MLflow answers.
+
+    Says once that it does not, and what happens `meanwhile`. Raises Unanswered where MLflow has been silent for `patience()` seconds,
+    whomever it was silent to first; never, where that is None.
+    """
+    pause = 1.0
+    while True:
+        try:
+            result = action()
+        except Exception as error:  # MLflow lets through what SQLAlchemy, SQLite and requests raise
+            if not out_of_reach(error):
+                raise
+            first = not silence().exists()
+            since = silent_since()
+            if first:
+                say(f"MLflow does not answer ({_short(error)}); {meanwhile}")
+            if (limit := patience()) is not None and time.time() - since >= limit:
+                raise Unanswered(_short(error)) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+        else:
+            if silence().exists():
+                silence().unlink(missing_ok=True)
+                say("MLflow answers again")
+            return result
 
 
 def out_of_reach(error: BaseException | None) -> bool:
@@ -297,12 +312,12 @@ def silence() -> Path:
 
 
 def silent_since() -> float:
+    """When MLflow fell silent: now, if nobody has noted it yet. Several threads may note it at once, each the same."""
     try:
         return float(silence().read_text())
     except (OSError, ValueError):
         folder().mkdir(parents=True, exist_ok=True)
-        with atomic.writing(silence()) as temporary:
-            temporary.write_text(str(time.time()))
+        silence().write_text(str(time.time()))
         return time.time()
 
 

@@ -4,10 +4,11 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_vs_dpo.run import store
+from rlhf_vs_dpo.run import journal, store
 from rlhf_vs_dpo.run.pipeline import locked, read_run
 from rlhf_vs_dpo.run.progress import bar
 from rlhf_vs_dpo.run.recorder import tags_of
@@ -21,28 +22,46 @@ def publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str],
     Entries are those of `evaluation.views.for_tracking`. A run that is not in this store (weights pulled from a
     colleague) is only mentioned. Every policy is a version of the registered model REGISTERED, an external one, for its
     weights stay in DVC; the alias `best` is the one that is best on validation prompts. The UI gets a view of all runs,
-    ordered by the first of `axes`.
+    ordered by the first of `axes`. Where MLflow is away it is waited for; where it stays away, that is said, and how to do it later.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(store.tracking_uri())
+    try:
+        _publish(entries, axes, say)
+    except journal.Unanswered:
+        say(
+            "MLflow stays away: what was measured is in evaluation/results.json, and not yet on its runs. When MLflow answers again: "
+            "dvc repro --force --single-item evaluate"
+        )
+
+
+def _publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str], None]) -> None:
+    from mlflow.exceptions import MlflowException
+
     client, known = store.client(), locked()
     versions: dict[str, str] = {}
+
+    def sure(action: Callable[[], Any]) -> Any:
+        return journal.patiently(action, say, "it is waited for", lambda: journal.SILENT_SECONDS)
+
+    def one(entry: dict[str, Any]) -> None:
+        run_id = _run_of(entry)
+        found = client.get_run(run_id)
+        if found.info.lifecycle_stage == "deleted":
+            raise MlflowException("the run has been deleted")
+        _put(entry, found, known)
+        if md5 := known.get(f"models/{entry['folder']}"):
+            versions[entry["folder"]] = _register(entry, run_id, md5)
+
     with bar(len(entries), "MLflow", "policy") as progress:
         for entry in entries:
             progress.update()
             try:
-                run_id = _run_of(entry)
-                found = client.get_run(run_id)
-                if found.info.lifecycle_stage == "deleted":
-                    raise MlflowException("the run has been deleted")
-                _put(entry, found, known)
-                if md5 := known.get(f"models/{entry['folder']}"):
-                    versions[entry["folder"]] = _register(entry, run_id, md5)
+                sure(partial(one, entry))
             except MlflowException as error:
                 say(f"{entry['folder']}: nothing was added to its MLflow run: {str(error).splitlines()[0]}")
-    _share_view(axes)
+    sure(partial(_share_view, axes))
     judged = {entry["folder"]: entry["validation"] for entry in entries if entry["validation"] is not None}
     judged = {folder: value for folder, value in judged.items() if math.isfinite(value)}
     best = max(judged, key=judged.__getitem__, default=None)
@@ -51,7 +70,7 @@ def publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str],
             f"best on validation prompts: {best} ({judged[best]:.2f}), whose run is not here; {REGISTERED}@best stays what it was"
         )
     elif best is not None and "DVC_EXP_NAME" not in os.environ:  # an experiment is a question, not yet an answer
-        client.set_registered_model_alias(REGISTERED, "best", versions[best])
+        sure(partial(client.set_registered_model_alias, REGISTERED, "best", versions[best]))
         say(f"best on validation prompts: {best} ({judged[best]:.2f}); MLflow model {REGISTERED}@best")
 
 

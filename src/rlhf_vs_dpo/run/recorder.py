@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_vs_dpo.errors import DataError, UserError
+from rlhf_vs_dpo.errors import DataError, DiskError, UserError
 from rlhf_vs_dpo.run import journal, shortage, store
 
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
@@ -328,7 +328,10 @@ def serve(said: IO[str], answers: IO[str]) -> bool:
         answer(end="unsent", unsent=journals[0] or kept.key)
         return True
     except Exception as error:
-        kept.remove()
+        if isinstance(error, DiskError):
+            kept.close()  # the next attempt sends what is there
+        else:
+            kept.remove()
         answer(error=str(error) if isinstance(error, UserError) else f"MLflow: {type(error).__name__}: {error}")
         return False
 

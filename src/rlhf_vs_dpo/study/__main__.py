@@ -27,7 +27,7 @@ def rows(study: dict[str, Any], tested: Path | None = None) -> list[list[str]]:
         best = of["best"]
         lost = of["collapsed"] + of["diverged"]
         measured = (
-            ["-", "-", "-"] if best is None else [f"{best[name]:.2f}" for name in (study["criterion"], "gold", "kl")]
+            ["-", "-", "-"] if best is None else [_shown(best[name]) for name in (study["criterion"], "gold", "kl")]
         )
         expected = [
             f"{one['mean']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
@@ -38,6 +38,10 @@ def rows(study: dict[str, Any], tested: Path | None = None) -> list[list[str]]:
         row = [method, *measured, f"{of['median']:.2f}", f"{of['lowest']:.2f}", f"{lost}/{of['trials']}", *expected]
         found.append([*row, *([_tested(tested / f"{method}.json", study["criterion"])] if tested else []), setting])
     return found
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _tested(file: Path, criterion: str) -> str:

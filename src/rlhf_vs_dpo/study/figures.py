@@ -78,11 +78,20 @@ class _Study:
     def values(self, method: str) -> np.ndarray:
         return search.values(self.of(method), self.criterion, self.start[self.criterion])
 
+    def flops(self, method: str) -> float:
+        """Of a trial. A run that diverged says nothing of them: where all did, the others of the family speak for it."""
+        of_family = next(of for of in self.families.values() if method in of)
+        for methods in ([method], of_family, self.style.rows):
+            known = self.trials.loc[self.trials["method"].isin(methods), "flops"]
+            if known.notna().any():
+                return float(known.mean())
+        return 0.0
+
     def best_of(self, method: str) -> list[dict[str, Any]]:
         """Rows `policy, k, y, low, high, flops`: what the best of k trials is to be expected to be worth, and what they cost."""
         values = self.values(method)
         low, high = search.interval(values, self.most, self.style.rows.index(method))
-        each = float(self.of(method)["flops"].mean())
+        each = self.flops(method)
         return [
             {"policy": method, "k": k + 1, "y": float(y), "low": float(low[k]), "high": float(high[k]), "flops": self.upstream[method] + (k + 1) * each}
             for k, y in enumerate(search.expected_best(values, self.most))

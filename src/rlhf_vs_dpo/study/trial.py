@@ -5,10 +5,20 @@ from typing import NamedTuple
 import pandas as pd
 
 from rlhf_vs_dpo.config import Evaluate, Preferences
+from rlhf_vs_dpo.errors import DataError
 from rlhf_vs_dpo.evaluation import measure
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.study.space import MEASURED
 from rlhf_vs_dpo.training import watched
+
+
+def check_criterion(criterion: str, pool: pd.DataFrame) -> None:
+    """Refuse, before any trial, a criterion that nobody can tell; `pool` has samples of the SFT policy. Raises DataError."""
+    needed = {"preferred": "utility", "objective": "utility"}.get(criterion, criterion)
+    if pool[needed].isna().all():
+        raise DataError(
+            f"`tuning.criterion` is {criterion}, and this source has no {needed}; in params.yaml set it to one that it has, such as reward"
+        )
 
 
 class Ruler(NamedTuple):
