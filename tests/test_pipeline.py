@@ -393,7 +393,7 @@ def test_every_stage_says_what_it_cost(smoke):
 def test_the_report_shows_figures_texts_and_cost(smoke):
     folder = smoke
     report = (folder / "report" / "report.md").read_text()
-    for needle in ("| ppo_ptx", "## The same post", "## What it cost", "tokens generated", "(coverage +"):
+    for needle in ("| ppo_ptx", "## The same prompt", "## What it cost", "tokens generated", "(coverage +"):
         assert needle in report
     figures = {path.name for path in (folder / "report" / "figures").glob("*.png")}
     assert {"comparison.png", "training.png", "frontier.png", "overoptimisation.png"} <= figures
