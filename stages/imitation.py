@@ -46,7 +46,7 @@ def main(
         adapter = run.section("adapter")
         model, tokenizer = models.load_learner(sft, adapter, run.section("memory"))
         told = settings.recipe == "control_tokens"
-        # To measure KL at the watched points; training never sees it. With new embeddings the policy shares none with the SFT policy.
+        # To measure KL at the watched points; training never sees it. New tokens would change a reference that shares its embeddings.
         start = models.load_policy(sft)[0] if told else models.start_of(model, sft)
         if told:
             models.add_control_tokens(model, tokenizer, [imitation.GOOD, imitation.BAD], settings.weight_decay)

@@ -59,7 +59,7 @@ def main(
         )  # fmt: skip
         scorer = heads.load_scorer(reward, beside=None if adapter is None else start)
         shown = tables.read_table(demonstrations, "demonstrations", "train")
-        shown = shown.iloc[:: max(1, len(shown) // 512)].head(512)  # of the whole table, for it may be in some order
+        shown = shown.iloc[:: max(1, -(-len(shown) // 512))]  # of the whole table, for it may be in some order
         invariants.check_normalised(
             scorer,
             text.encode(tokenizer, shown["prompt"], shown["response"], shown["prompt_id"], policy.context),

@@ -39,7 +39,7 @@ def main(
             if lost:
                 raise DataError(
                     f"too little is left of {name} of split {', '.join(lost)}: of {len(given[name])} rows this model can use "
-                    f"{len(found.tables[name])} (context {limit.context} tokens, prompts up to {limit.prompt}, responses up to {limit.response})"
+                    f"{len(found.tables[name])} ({limit.context} tokens fit, prompts up to {limit.prompt}, responses up to {limit.response})"
                 )
         for name in names:
             tables.write_table(found.tables[name], name, out / f"{name}.parquet")

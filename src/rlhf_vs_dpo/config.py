@@ -222,7 +222,7 @@ class Pool(Section):
     train_prompts: Count
     train_samples: Count
     validation_prompts: Several
-    validation_samples: Several
+    validation_samples: Annotated[int, Field(ge=3)]  # a rival, and two to choose between
     test_prompts: Several
     test_samples: Count
     deep_prompts: Steps
@@ -697,7 +697,7 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
     if own_pairs != (data.source in ("hub", "files")):
         needed = "dataset" if data.source in ("hub", "files") else "annotator"
         faults.append(f"{place}: `data.source` is {data.source}, which needs `preferences.source: {needed}`")
-    if base.pretrained is None and section(params, "sampling").max_new_tokens >= base.scratch.context:
+    if base.pretrained is None and section(params, "sampling").max_new_tokens >= base.scratch.context - 1:
         faults.append(f"{place}: `sampling.max_new_tokens` leaves no room for a prompt in `base.scratch.context`")
     pool, policies = section(params, "pool"), section(params, "policies")
     for n in policies.best_of_n:

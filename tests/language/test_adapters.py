@@ -251,14 +251,17 @@ def test_a_base_that_is_held_in_bf16_is_shared_too(base, tokenizer):
     assert any(p.dtype is torch.bfloat16 for p in scorer.model.parameters())
 
 
-def test_what_adapters_of_a_rounded_base_have_learned_is_sampled(plain, tokenizer, examples, monkeypatch):
-    """On a GPU the base is held in bf16: an update that is smaller than its rounding would be lost in a sum of both."""
+@pytest.mark.parametrize("rounded", [False, True])
+def test_what_adapters_have_learned_is_sampled_and_read(plain, rounded, tokenizer, examples, monkeypatch):
+    """On a GPU matrices are held in bf16 (TRPO's are rounded for its sampler alone): an update that is smaller than the rounding would
+    be lost in a sum of both."""
     model = adapters.attach(plain, RANK_4)
     torch.manual_seed(0)
     with torch.no_grad():
         for layer in adapters.attached(model).values():
             layer.lora_B["default"].weight.normal_(std=1e-3)
-    models.in_bf16(model)
+    if rounded:
+        models.in_bf16(model)
     monkeypatch.setattr(models, "in_half", lambda device: True)
     sampled = models.sampler(model)
     theirs = {p.data_ptr() for p in model.parameters()}
@@ -270,10 +273,7 @@ def test_what_adapters_of_a_rounded_base_have_learned_is_sampled(plain, tokenize
         low, high = other.lora_A["default"].weight.float(), other.lora_B["default"].weight.float()
         wanted = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         assert torch.nn.functional.cosine_similarity((high @ low).flatten(), wanted.flatten(), dim=0) > 0.999, name
-        assert (
-            other.get_base_layer().weight.data_ptr() == base.weight.data_ptr()
-            and other.in_features == layer.in_features
-        )
+        assert (other.get_base_layer().weight.data_ptr() == base.weight.data_ptr()) == rounded
     with torch.no_grad(), models.autocast(torch.device("cpu")):
-        ours, same = (Policy(of, 1.0)(batch).logp for of in (model, sampled))
-    assert torch.equal(ours, same)
+        ours, same, read = (Policy(of, 1.0)(batch).logp for of in (model, sampled, models.to_read(model)))
+    assert torch.equal(ours, same) and torch.equal(ours, read)

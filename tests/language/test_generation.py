@@ -179,3 +179,11 @@ def test_the_vocabulary_is_read_in_float32_while_a_response_is_sampled(kind, tok
         going_on.step(torch.tensor([5, 6]))
         assert going_on.logits.dtype is torch.float32 and going_on.logits.shape == (2, len(tokenizer))
         assert not torch.equal(going_on.logits, going_on.logits.bfloat16().float())
+
+
+def test_turns_that_grow_with_the_longest_text_are_no_step_of_one_shape(tokenizer):
+    """Which step they need is asked of the device, and a CUDA graph can ask nothing."""
+    model = small_model(tokenizer)
+    assert continuation._of_one_shape(model)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not continuation._of_one_shape(model)

@@ -49,7 +49,10 @@ def test_drop_leaves_out_and_lists_every_row_with_its_reason(tokenizer):
         ("dataset_pairs", 1): "chosen and rejected are the same tokens to this model",
         ("dataset_pairs", 2): "a prompt of 11 tokens, more than the 9 that fit",
         ("dataset_pairs", 3): "chosen spells a control token of this model: <pad>",
-        ("dataset_pairs", 4): "prompt and chosen have 17 tokens, more than the 15 that fit",
+        (
+            "dataset_pairs",
+            4,
+        ): "prompt and chosen have 17 tokens, more than the 15 that fit (one token of the context stays free)",
     }
     assert found.unusable.loc[1, "id"] == "p1" and found.unusable.loc[4, "id"] == "pair-1"
     assert sum(map(len, found.tables.values())) + len(found.unusable) == sum(map(len, GIVEN.values()))

@@ -81,7 +81,7 @@ def test_three_lines_answer_the_planned_questions(found):
     for axis in unsure["axes"]:
         unsure["questions"][axis][0] |= {"answer": "open", "p_holm": 0.5}
     said = " ".join(words.verdict(unsure))
-    assert "none of the 1 planned questions is answered" in said and "few lines find large differences only" in said
+    assert "none of 1 planned question is answered" in said and "few lines find large differences only" in said
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
@@ -348,3 +348,22 @@ def test_the_table_in_a_terminal(found, tmp_path):
         check=True,
     )
     assert done.stdout.startswith("| policy") and "planned questions are answered" in " ".join(done.stdout.split())
+
+
+def test_what_was_not_asked_or_could_not_be_answered_is_said(found):
+    unasked = json.loads(json.dumps(found)) | {"questions": {axis: [] for axis in found["axes"]}}
+    assert "no question was asked (`evaluate.questions`)" in " ".join(words.verdict(unasked))
+    lost = json.loads(json.dumps(found))
+    for axis in lost["axes"]:
+        lost["questions"][axis] = [lost["questions"][axis][0] | {"answer": None}] * 2
+    said = " ".join(words.verdict(lost))
+    assert (
+        "2 questions could not be answered: a row has no value in some line" in said
+        and "no difference is sure" not in said
+    )
+    unknown = json.loads(json.dumps(found))
+    for row in unknown["methods"].values():
+        row[found["axes"][0]] = {"mean": None, "low": None, "high": None}
+    assert words.verdict(unknown) == [
+        f"Too few policies can be compared: `{found['axes'][0]}` is known for fewer than two of them, or not for SFT."
+    ]

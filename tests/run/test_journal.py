@@ -369,3 +369,12 @@ def test_what_is_measured_can_be_put_onto_runs_later_where_mlflow_is_away(here, 
     said = []
     publish.publish([], ["gold"], said.append)
     assert "MLflow does not answer" in said[0] and "dvc repro --force --single-item evaluate" in said[-1]
+
+
+def test_a_run_that_is_gone_is_no_silence(here, monkeypatch):
+    """A server says of every such thing what status it has: only that it does not answer is worth waiting for."""
+    monkeypatch.setattr(store, "database", lambda: None)
+    with pytest.raises(MlflowException) as error:
+        store.known_as(store.JOURNAL + "nobody")
+    assert not journal.out_of_reach(error.value)
+    assert journal.out_of_reach(MlflowException("a gateway says so"))  # 500, as a server's own troubles are

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.config import Adapter, Memory
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language import adapters
-from rlhf_vs_dpo.language.models import Network, device, freeze, in_float32, light, load, load_own, to_learn
+from rlhf_vs_dpo.language.models import Network, device, in_float32, light, load, load_own, to_learn, to_read
 from rlhf_vs_dpo.language.states import states
 from rlhf_vs_dpo.language.text import Batch
 
@@ -51,7 +51,7 @@ def scorer_from_policy(
 def load_scorer(folder: Path, beside: nn.Module | None = None) -> Scorer:
     """A trained reward model with its normalisation. Raises ModelError if the folder carries none.
 
-    beside      a model that this one shares the base of its adapters with; without it, adapters are merged
+    beside      a model that this one shares the base of its adapters with; without it, it is read only (`models.to_read`)
     """
     model, _ = load_own(folder, "AutoModelForSequenceClassification")
     shift, scale = getattr(model.config, "reward_shift", None), getattr(model.config, "reward_scale", None)
@@ -66,7 +66,6 @@ def load_scorer(folder: Path, beside: nn.Module | None = None) -> Scorer:
             "(set both, to 0.0 and 1.0 for raw scores)"
         )
     if beside is None:
-        model = freeze(adapters.merged(model))
-    else:
-        adapters.share(model, beside)
+        return Scorer(to_read(model))
+    adapters.share(model, beside)
     return Scorer(light(model.to(device())))

@@ -110,37 +110,30 @@ def in_bf16(model: nn.Module, learning: bool = False) -> nn.Module:
 def sampler(model: nn.Module) -> nn.Module:
     """The network that responses are sampled from: on a CPU the model itself, its adapters merged; on a GPU a copy in bf16.
 
-    `autocast` would cast float32 matrices again for every token. Adapters of matrices that are held in bf16 stay beside them: in bf16 a
-    sum of both would lose most of what was learned, which is smaller than the rounding.
+    `autocast` would cast float32 matrices again for every token. Adapters stay beside the matrices there: in bf16 a sum of both would
+    lose most of what was learned, which is smaller than the rounding.
     """
-    if in_half(device()) and _rounded(model):
-        return in_bf16(adapters.twin(model), learning=True)
-    merged = sharding.whole(adapters.merged(model))
+    whole = sharding.whole(model)
     if not in_half(device()):
-        return merged
-    return in_bf16(copy.deepcopy(merged, {id(p): p for p in merged.parameters()}), learning=True)
+        return adapters.merged(whole)
+    return in_bf16(copy.deepcopy(whole, {id(p): p for p in whole.parameters()}), learning=True)
 
 
-def _rounded(model: nn.Module) -> bool:
-    """Whether a model has adapters of matrices that `light` has rounded."""
-    return any(layer.get_base_layer().weight.dtype is torch.bfloat16 for layer in adapters.attached(model).values())
+def to_read(model: nn.Module) -> nn.Module:
+    """A trained network that is read only: frozen, on `device()`, its adapters merged; on a GPU they stay beside the base, see `sampler`."""
+    model = freeze(model if in_half(device()) else adapters.merged(model))
+    return light(model.to(device()))
 
 
 def size_of_sampler(model: nn.Module) -> int:
     """Bytes of what `sampler` holds besides the model, at the most."""
-    if in_half(device()) and _rounded(model):
-        matrices = {id(layer.weight) for _, layer in adapters.linear(model.base_model)}
-        return sum(
-            (2 if id(p) in matrices else p.element_size()) * p.numel() for p in model.parameters() if p.requires_grad
-        )
-    if sharding.sharded(model):
-        found = sharding.size_of_whole(model)
-    else:
-        found = sum(of.get_base_layer().weight.nbytes for of in adapters.attached(model).values())
     if in_half(device()):
-        matrices = [layer.weight for name, layer in adapters.linear(model.base_model) if ".lora_" not in name]
-        found += sum(2 * weight.numel() for weight in matrices if weight.dtype == torch.float32)
-    return found
+        held = [p for _, layer in adapters.linear(model.base_model) for p in layer.parameters(recurse=False)]
+        copied = sum(2 * p.numel() for p in held if p.dtype == torch.float32)
+        return copied + (sharding.size_of_whole(model) if sharding.sharded(model) else 0)
+    if sharding.sharded(model):
+        return sharding.size_of_whole(model)
+    return sum(of.get_base_layer().weight.nbytes for of in adapters.attached(model).values())
 
 
 def size(model: nn.Module) -> int:
@@ -306,9 +299,9 @@ def _origin(name: str, revision: str | None) -> dict[str, str]:
 
 
 def load_policy(folder: Path):
-    """(model, tokenizer) of a folder that a stage wrote, to be read only: dropout off, in eval mode, on `device()`; adapters merged."""
+    """(model, tokenizer) of a folder that a stage wrote, to be read only (see `to_read`): dropout off, in eval mode."""
     model, tokenizer = load_own(folder, "AutoModelForCausalLM")
-    return light(freeze(adapters.merged(model)).to(device())), tokenizer
+    return to_read(model), tokenizer
 
 
 def load_learner(folder: Path, adapter: Adapter | None = None, memory: Memory | None = None, half: bool = True):

@@ -98,7 +98,7 @@ def _response_fault(tokenizer, column: str, ids: list[int], prompt: int, limit: 
         spelled = ", ".join(tokenizer.convert_ids_to_tokens(sorted(control)))
         return f"{column} spells a control token of this model: {spelled}"
     if prompt + len(ids) + 1 > limit.context:
-        return f"prompt and {column} have {prompt + len(ids) + 1} tokens, more than the {limit.context} that fit"
+        return f"prompt and {column} have {prompt + len(ids) + 1} tokens, more than the {limit.context} that fit (one token of the context stays free)"
     return None
 
 

@@ -314,7 +314,8 @@ def questions(found: dict[str, Any]) -> list[Block]:
         rows.append(row)
     intro = (
         "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that answer them were run. Differences are taken within each line and prompt; "
-        "p is of an interval over lines and prompts that is a little wider than the one shown (docs/statistics.md), corrected on each axis by Holm over the questions."
+        "p comes from an interval that is a little wider than the one shown (docs/statistics.md), corrected on each axis by Holm over the questions. "
+        "A difference is of the prompts that both rows have."
         if answer
         else "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that will answer them; they are answered from three lines on. Here are "
         "the differences between these policies, with intervals over prompts."

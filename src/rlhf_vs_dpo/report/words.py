@@ -85,7 +85,9 @@ def verdict(found: dict[str, Any]) -> list[str]:
     """What was found: a description of one line or two, or answers to the planned questions from three on."""
     measured = {row for row, m in found["methods"].items() if m[found["axes"][0]]["mean"] is not None}
     if "sft" not in measured or len(measured) < 2:
-        return [f"Too few policies have a value of {NAMES[found['axes'][0]]} to be compared."]
+        return [
+            f"Too few policies can be compared: `{found['axes'][0]}` is known for fewer than two of them, or not for SFT."
+        ]
     lines = len(found["seeds"])
     said = _answered(found, lines) if found["answers"] else _described(found, lines)
     failed = _failed(found)
@@ -121,9 +123,17 @@ def _answered(found: dict[str, Any], lines: int) -> list[str]:
     for axis in found["axes"]:
         asked = [q for q in found["questions"][axis] if q["answer"] is not None]
         without = len(found["questions"][axis]) - len(asked)
-        lost = f" {without} more could not be: a row has no value in some line." if without else ""
+        lost = (
+            f" {_questions(without)} could not be answered: a row has no value in some line, or two rows share too few prompts."
+            if without
+            else ""
+        )
         if not asked:
-            said.append(f"In {NAMES[axis]}, no question could be answered (`evaluate.questions`).{lost}")
+            said.append(
+                f"In {NAMES[axis]}, {lost.strip()}"
+                if lost
+                else f"In {NAMES[axis]}, no question was asked (`evaluate.questions`)."
+            )
             continue
         known = [q for q in asked if q["answer"] in ("a", "b")]
         told = "; ".join(
@@ -135,7 +145,7 @@ def _answered(found: dict[str, Any], lines: int) -> list[str]:
         said.append(
             f"In {NAMES[axis]}, {len(known)} of {len(asked)} planned questions are answered (Holm over them, 5 %): {told}.{lost}"
             if told
-            else f"In {NAMES[axis]}, none of the {len(asked)} planned questions is answered: no difference is sure at 5 % after Holm over them.{lost}"
+            else f"In {NAMES[axis]}, none of {_questions(len(asked), 'planned ')} is answered: no difference is sure at 5 % after Holm over them.{lost}"
         )
     if any(q["answer"] == "open" for axis in found["axes"] for q in found["questions"][axis]):
         said.append(
@@ -150,6 +160,10 @@ def _answered(found: dict[str, Any], lines: int) -> list[str]:
         "All pairs that were not planned are exploratory."
     )
     return said
+
+
+def _questions(count: int, kind: str = "") -> str:
+    return f"{count} {kind}question{'s' if count > 1 else ''}"
 
 
 def _failed(found: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from a checkpoint has a journal of its own and goes on with the run: steps that 
     python -m rlhf_vs_dpo.run.journal      send what stages left that have ended, or were killed
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -316,8 +317,9 @@ def silent_since() -> float:
     try:
         return float(silence().read_text())
     except (OSError, ValueError):
-        folder().mkdir(parents=True, exist_ok=True)
-        silence().write_text(str(time.time()))
+        with contextlib.suppress(OSError):  # of a full disk: the note only helps others
+            folder().mkdir(parents=True, exist_ok=True)
+            silence().write_text(str(time.time()))
         return time.time()
 
 
@@ -341,7 +343,7 @@ def left() -> Iterator[Journal]:
 def send_left(say: Callable[[str], None], patience: float = 0.0) -> int:
     """Send all that is left; returns how many runs that were. A stage that was killed before its end has FAILED.
 
-    Raises Unanswered where MLflow does not answer for `patience` seconds.
+    Raises Unanswered where MLflow does not answer for `patience` seconds, DiskError where the disk is full.
     """
     count = 0
     for journal in left():
@@ -356,7 +358,7 @@ def send_left(say: Callable[[str], None], patience: float = 0.0) -> int:
                     sender.send(line)
                 count += 1
             journal.remove()
-        except Unanswered:
+        except (Unanswered, DiskError):
             journal.close()
             raise
         except Exception as error:
@@ -373,7 +375,7 @@ def main() -> None:
         count = send_left(print)
     except Unanswered as error:
         sys.exit(f"error: MLflow does not answer ({error}); what is to be sent stays in {folder()}")
-    except DataError as error:
+    except (DataError, DiskError) as error:
         sys.exit(f"error: {error}")
     print(f"{count} runs were sent" if count else "nothing is left to be sent")
 

@@ -38,6 +38,7 @@ def publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str],
 
 def _publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str], None]) -> None:
     from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
     client, known = store.client(), locked()
     versions: dict[str, str] = {}
@@ -49,7 +50,7 @@ def _publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str]
         run_id = _run_of(entry)
         found = client.get_run(run_id)
         if found.info.lifecycle_stage == "deleted":
-            raise MlflowException("the run has been deleted")
+            raise MlflowException("the run has been deleted", error_code=RESOURCE_DOES_NOT_EXIST)
         _put(entry, found, known)
         if md5 := known.get(f"models/{entry['folder']}"):
             versions[entry["folder"]] = _register(entry, run_id, md5)

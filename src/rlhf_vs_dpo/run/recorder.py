@@ -276,7 +276,7 @@ def main() -> None:
 
 def _send_left() -> None:
     """What stages before could not send, tried once."""
-    with contextlib.suppress(journal.Unanswered, DataError):
+    with contextlib.suppress(journal.Unanswered, DataError, DiskError):
         journal.send_left(lambda notice: print(notice, file=sys.stderr))
 
 

@@ -152,6 +152,7 @@ def known_as(run_id: str) -> str:
     Raises MlflowException where this store does not have it.
     """
     from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
     key = run_id.removeprefix(JOURNAL)
     if key == run_id:
@@ -159,7 +160,7 @@ def known_as(run_id: str) -> str:
     places = [place.experiment_id for place in client().search_experiments()]
     found = client().search_runs(places, f"tags.journal = '{key}'", max_results=1)
     if not found:
-        raise MlflowException(f"{run_id} has not been sent to this store yet")
+        raise MlflowException(f"{run_id} has not been sent to this store yet", error_code=RESOURCE_DOES_NOT_EXIST)
     return found[0].info.run_id
 
 

@@ -196,13 +196,14 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     cache = asked * bytes_of_row(policy.model, length) + size_of_sampler(policy.model)
     found = plan.plan(learning, length, learner.memory.tokens, episodes, (reference, reward), cache, processes)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    learned, weights = sum(p.nbytes for p in parameters), {p.data_ptr() for p in policy.parameters()}
+    learned = sum(sharding.local(p).nbytes for p in parameters)
     if (
         getattr(learner.settings, "ptx_coefficient", 0.0) > 0
     ):  # PPO's gradients are kept while those of documents are made
         return found._replace(activations=found.activations + learned, smallest=found.smallest + learned)
     if not trpo:
         return found
+    weights = {p.data_ptr() for p in policy.parameters()}
     few = -(-math.ceil(learner.settings.fisher_share * learner.settings.episodes) // processes)
     one, two = (
         plan.kept(partial(slope_of_kl, policy, batch(count), parameters, 1.0), learner.accelerate.device, weights)
