@@ -122,6 +122,16 @@ def test_folders_and_families_of_methods():
         ("report.examples", 501, "`report.examples` is more than `sample.prompts`"),
         ("sampling.max_new_tokens", 256, "leaves no room for a prompt"),
         ("data.mini_tldr.flaws.omit", 1.5, "`data.mini_tldr.flaws.omit` is 1.5"),
+        (
+            "judging.judges.rm.kind",
+            "reward",
+            "`judging.judges.rm.kind` is 'reward', which is no known kind ('gold', 'reward_model'",
+        ),
+        ("judging.judges.rm", {"model": "x"}, "missing key `judging.judges.rm.kind`; it is one of gold, reward_model"),
+        ("judging.judges.rm", {"kind": "reward_model"}, "missing key `judging.judges.rm.batch`"),
+        ("judging.judges.gold.loud", True, "unknown key `judging.judges.gold.loud`"),
+        ("preference.dpo.loss", "dop", "`preference.dpo.loss` is 'dop', which is no known loss"),
+        ("preference.dpo.bta", 1.0, "unknown key `preference.dpo.bta`"),
     ],
 )
 def test_wrong_keys_are_named(params, path, value, message):

@@ -176,6 +176,11 @@ class Annotator(Section):
     length_bias: float
     filler_bias: float
 
+    @property
+    def tastes(self) -> bool:
+        """Whether it likes anything besides gold: where not, utility is gold."""
+        return bool(self.length_bias or self.filler_bias)
+
 
 class Preferences(Section):
     source: Literal["annotator", "dataset"]
@@ -587,10 +592,10 @@ def section(params: dict[str, Any], name: str, method: str | None = None, place:
     return _validated(SECTIONS[name], values, key, place)
 
 
-def _kinds(family: str) -> dict[str, type[Section]]:
-    """Value of a family's discriminator -> its model."""
-    members = get_args(get_args(SECTIONS[family])[0])
-    return {get_args(member.model_fields[FAMILIES[family]].annotation)[0]: member for member in members}
+def _kinds(head: str) -> dict[str, type[Section]]:
+    """Kinds of the entries of a family, or of judges, by the value of the key that tells them apart."""
+    union, tag = (AnyJudge, "kind") if head == "judging" else (SECTIONS[head], FAMILIES[head])
+    return {get_args(member.model_fields[tag].annotation)[0]: member for member in get_args(get_args(union)[0])}
 
 
 def _over_defaults(family: str, defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -609,12 +614,12 @@ def _validated(kind: Any, values: Any, key: str, place: str) -> Any:
 
 
 def _explain(error: Any, key: str, place: str) -> str:
-    # A discriminated union puts its tag ("dpo") at the head of the location; it is no key of the file.
-    family = key.split(".")[0]
-    tags = _kinds(family) if family in FAMILIES else {}
-    inner = [str(part) for part in error["loc"] if str(part) not in tags]
+    # The location of an error inside an entry holds its kind ("dpo"), which is no key of the file: at its head, or behind `judges.<name>`.
+    head = key.split(".")[0]
+    inner, tag, at = [str(part) for part in error["loc"]], FAMILIES.get(head, "kind"), 0 if head in FAMILIES else 2
+    if head in (*FAMILIES, "judging") and len(inner) > at:
+        del inner[at]
     dotted = ".".join([key, *inner])
-    tag = FAMILIES.get(family)
     match error["type"]:
         case "extra_forbidden":
             return f"{place}: unknown key `{dotted}`; check its spelling, or remove it"
@@ -624,7 +629,7 @@ def _explain(error: Any, key: str, place: str) -> str:
             known = error["ctx"]["expected_tags"]
             return f"{place}: `{dotted}.{tag}` is {error['ctx']['tag']!r}, which is no known {tag} ({known})"
         case "union_tag_not_found":
-            return f"{place}: missing key `{dotted}.{tag}`; it is one of {', '.join(tags)}"
+            return f"{place}: missing key `{dotted}.{tag}`; it is one of {', '.join(_kinds(head))}"
     if error["type"] == "value_error":  # keys that do not fit together
         return f"{place}: `{dotted}`: {error['ctx']['error']}"
     return f"{place}: `{dotted}` is {error['input']!r}: {error['msg']}"

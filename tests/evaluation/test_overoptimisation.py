@@ -54,6 +54,18 @@ def watched(seed, prompts=200, seeds=3, alpha=1.5, beta=0.6, seed_sd=0.0, most=2
     return tables
 
 
+@pytest.mark.parametrize("form", ["best_of_n", "rl"])
+def test_the_sft_policy_is_no_point_of_a_fit_whichever_way_its_kl_is_rounded(form):
+    tables = watched(2, prompts=80, noise=2.0)
+    found = []
+    for rounding in (-1e-17, 0.0, 1e-17):
+        moved = [table.assign(kl=table["kl"] + rounding * (table["step"] == 0)) for table in tables]
+        path = paths.of_training("m", moved, Resamples(100, 0))
+        found.append(overoptimisation.summary(path, "gold", overoptimisation.fit(path, "gold", form)))
+    for name in ("alpha", "beta", "r_squared"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-9) == found[2][name]
+
+
 def test_a_path_measures_each_point_over_prompts_and_seeds():
     tables = watched(0, prompts=30, seeds=2)
     path = paths.of_training("m", tables, Resamples(200, 0))
@@ -112,6 +124,20 @@ def test_equal_kl_reads_the_path_between_its_points():
     truth = 1.0 + float(gain(2.0**0.5, 1.5, 0.6, "rl"))
     assert found.interval()["low"] < truth < found.interval()["high"] and found.value == pytest.approx(truth, abs=0.1)
     assert comparisons.at_kl(path, "gold", 100.0) is None
+
+
+def test_what_is_read_off_a_path_varies_with_lines_as_its_points_do():
+    path = paths.of_training("m", watched(3, seed_sd=1.0), Resamples(400, 0))
+    points, place = path.points["gold"], 6
+    budget = float(path.share[place])
+    for read in (
+        comparisons.at_kl(path, "gold", float(path.values("kl")[place])),
+        comparisons.at_compute(path, "gold", 0.0, 1.0, budget),
+    ):
+        assert read.value == pytest.approx(points[place].value)
+        assert read.line_variance == pytest.approx(points[place].line_variance, rel=0.05) and read.line_variance > 0.01
+        ends, whole = read.interval(), points[place].interval()
+        assert ends["high"] - ends["low"] == pytest.approx(whole["high"] - whole["low"], rel=0.1)
 
 
 def test_equal_kl_is_linear_in_the_root_of_kl_and_rises_through_it():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rlhf_vs_dpo.evaluation import measure
+from rlhf_vs_dpo.evaluation import measure, statistics
 from rlhf_vs_dpo.evaluation.measure import METRICS
 from rlhf_vs_dpo.evaluation.statistics import NOTHING, Resamples, holm, win_share
 
@@ -75,16 +75,40 @@ def test_two_lines_are_few_and_the_interval_knows(share):
 @pytest.mark.parametrize(("way", "low", "high"), [("satterthwaite", 0.91, 0.94), ("root of squares", 0.96, 0.98)])
 def test_the_two_ways_to_add_up_levels_err_on_either_side(way, low, high):
     """Three lines; lines bring three quarters of the variance for the first, half of it for the second."""
-    rng = np.random.default_rng(0)
+    rng, experiments = np.random.default_rng(0), 20_000
     share = 0.75 if way == "satterthwaite" else 0.5
-    error = rng.normal(size=40_000)
-    lines, prompts = share * rng.chisquare(2, size=40_000) / 2, 1 - share
+    error = rng.normal(size=experiments)
+    lines, prompts = share * rng.chisquare(2, size=experiments) / 2, 1 - share
+    parts = [[(prompts, 499.0), (of, 2.0)] for of in lines]
+    half = np.array([statistics._wide(of, 0.05) for of in parts])
     if way == "satterthwaite":
+        half = 2 * np.array([statistics._half_width(of, 0.05) for of in parts]) - half
         freedom = (lines + prompts) ** 2 / (lines**2 / 2 + prompts**2 / 499)
-        half = stats.t.ppf(0.975, freedom) * (lines + prompts) ** 0.5
-    else:
-        half = (stats.t.ppf(0.975, 2) ** 2 * lines + stats.t.ppf(0.975, 499) ** 2 * prompts) ** 0.5
+        assert half == pytest.approx(stats.t.ppf(0.975, freedom) * (lines + prompts) ** 0.5, rel=1e-6)
     assert low <= np.mean(abs(error) <= half) <= high
+
+
+@pytest.mark.parametrize("excess", [1.0, 4.0])
+def test_the_noise_of_answers_counts_once(excess):
+    """Lines whose means vary as much as that noise alone makes them: all their variance is noise; four times as much: three quarters are not."""
+    resamples, lines = Resamples(4000, 0), 5
+    each = np.random.default_rng(1).normal(size=lines)
+    drawn = np.random.default_rng(2).normal(size=(4000, lines))
+    noise = drawn.var(axis=1, ddof=1).mean() / lines
+    each *= (excess * noise / np.var(resamples.lines(lines) @ each - each.mean(), ddof=1)) ** 0.5
+    found = resamples.combine(each, each + drawn, 100)
+    assert found.line_variance == pytest.approx(excess * noise)
+    moved = (resamples.lines(lines) @ each - each.mean()) * (1 - 1 / excess) ** 0.5
+    assert found.draws == pytest.approx(each.mean() + drawn.mean(1) + moved)
+
+
+def test_a_p_value_is_of_the_wider_way_to_add_up():
+    """Prompts bring a variance of 0.5 with 99 degrees of freedom, three lines one of 1 with 2."""
+    draws = np.array([-1.0, 1.0]) * 1.5**0.5 * (1999 / 2000) ** 0.5
+    found = statistics.Estimate(4.0, 4.0 + np.tile(draws, 1000), 1.0, 3, 100)
+    p = found.p_value()
+    wide = (0.5 * stats.t.ppf(1 - p / 2, 99) ** 2 + 1.0 * stats.t.ppf(1 - p / 2, 2) ** 2) ** 0.5
+    assert wide == pytest.approx(4.0, rel=1e-6) and 0.05 < p < 0.1
 
 
 def test_an_interval_of_a_share_covers_it_too():
@@ -118,7 +142,7 @@ def test_a_paired_difference_covers_the_truth_and_p_is_uniform_where_there_is_no
         found = gap.interval()
         hits += found["low"] <= 0 <= found["high"]
         ps.append(gap.p_value())
-        errors.append((gap.standard_error, a.standard_error))
+        errors.append((gap.draws.std(ddof=1), a.draws.std(ddof=1)))
     paired, alone = np.mean(errors, axis=0)
     assert paired < 0.6 * alone  # what the line and the prompts give to both cancels
     assert 0.93 <= hits / EXPERIMENTS <= 0.97
@@ -132,7 +156,7 @@ def test_differences_that_are_not_taken_within_lines_would_be_far_too_wide():
     for number in range(50):
         sums = two_methods(np.random.default_rng([number, 5, 7]), 5)
         a, b = (resamples.ratio("prompt", s, np.ones(s.shape)) for s in sums)
-        paired.append(resamples.difference(a, b).standard_error)
+        paired.append(resamples.difference(a, b).draws.std(ddof=1))
         apart.append((a.line_variance + b.line_variance) ** 0.5)
     assert np.mean(paired) < 0.5 * np.mean(apart)
 
@@ -176,7 +200,7 @@ def test_four_lines_that_differ_alone_give_students_interval():
     sums = np.repeat(values[:, None], 50, axis=1)
     found = Resamples(40000, 0).ratio("prompt", sums, np.ones((4, 50)))
     error = values.std(ddof=1) / 2
-    assert found.standard_error == pytest.approx(error, rel=0.01)
+    assert found.draws.std(ddof=1) == pytest.approx(error, rel=0.01)
     end = values.mean() + stats.t.ppf(0.975, 3) * error
     assert found.interval()["high"] == pytest.approx(end, rel=0.01)
     other = Resamples(40000, 0).ratio("prompt", 0 * sums, np.ones((4, 50)))

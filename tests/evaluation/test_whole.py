@@ -28,6 +28,7 @@ def test_rows_are_methods_and_best_of_n(found):
         "temperature": 0.6,
         "price": 0.1,
         "judge": None,
+        "tastes": True,
     }
     for method, (_, gain, kl) in synthetic.METHODS.items():
         gold, sft = found["methods"][method]["gold"], found["methods"]["sft"]["gold"]
@@ -285,6 +286,19 @@ def test_lines_are_read_where_the_same_share_of_training_is_done():
         assert np.abs(each - path.share[:, None]).max() < 0.12
 
 
+def test_best_of_n_is_measured_on_the_prompts_that_methods_are_watched_on():
+    from dataclasses import replace
+
+    of = synthetic.inputs(seeds=(0, 1))
+    few = [f"v{i:03d}" for i in range(12)]
+    fewer = replace(of, watched={name: table[table["prompt_id"].isin(few)] for name, table in of.watched.items()})
+    for inputs, prompts in ((of, 40), (fewer, 12)):
+        for pool in inputs.drawn("validation"):
+            assert pool["prompt_id"].nunique() == prompts and (pool["split"] == "validation").all()
+        path, *_ = whole._best_of_n(inputs, inputs.lines(synthetic.settings()), whole.Resamples(100, 0))
+        assert path.points["gold"][0].units == prompts
+
+
 def test_best_of_n_on_validation_prompts_is_not_compared_with_its_own_candidates():
     """Against an independent sample the best of n wins n / (n + 1) of comparisons."""
     from dataclasses import replace
@@ -297,7 +311,7 @@ def test_best_of_n_on_validation_prompts_is_not_compared_with_its_own_candidates
     drawn = rng.normal(size=len(pool))
     pool = pool.assign(reward=drawn, gold=drawn, utility=1e6 * drawn, finished=True)
     whole_pool = pd.concat([of.pool[0][of.pool[0]["split"] != "validation"], pool], ignore_index=True)
-    of = replace(of, pool={0: whole_pool})
+    of = replace(of, pool={0: whole_pool}, watched={})
     settings = synthetic.settings()
     path, *_ = whole._best_of_n(of, of.lines(settings), whole.Resamples(100, 0))
     assert list(path.share) == [1, 2]

@@ -144,6 +144,41 @@ def test_failures_are_named_where_the_intervals_show_them(found):
     assert "utility fell): best of 4 to 8 and best of 32." in " ".join(words.verdict(planted))
 
 
+def test_where_annotators_value_gold_alone_no_bias_is_spoken_of(found):
+    plain = json.loads(json.dumps(found))
+    plain["asked"]["tastes"] = False
+    text = " ".join(markdown.render(content.blocks(source(plain))).split())
+    assert "value a response by their utility u: the gold reward alone" in text and "No bias can be amplified" in text
+    for said in (
+        "their own tastes",
+        "should have asked for",
+        "Two truths",
+        "bias amplified",
+        "| path | utility gained",
+    ):
+        assert said.lower() not in text.lower(), said
+
+
+def test_what_was_liked_less_is_not_said_to_be_amplified(found):
+    turned = json.loads(json.dumps(found))
+    turned["biases"]["pairs"]["tokens"] = {"chosen": 11.0, "rejected": 12.0}
+    said = markdown.render(content.bent(turned))
+    assert "of filler beyond the chosen responses, it has amplified" in said and "tokens beyond" not in said
+    turned["biases"]["pairs"]["filler"] = {"chosen": 0.1, "rejected": 0.2}
+    assert "amplified" not in markdown.render(content.bent(turned))
+    assert "of tokens and filler beyond" in markdown.render(
+        content.bent(found)
+    ) or "of filler and tokens beyond" in markdown.render(content.bent(found))
+
+
+def test_a_row_of_fewer_prompts_says_so(found):
+    assert "were sampled on" not in " ".join(words.limits(found)) and "was sampled on" not in " ".join(
+        words.limits(found)
+    )
+    fewer = found | {"prompts_of": found["prompts_of"] | {"best_of_4": 48}}
+    assert "best_of_4 was sampled on 48 of the 80 test prompts: its means are of those" in " ".join(words.limits(fewer))
+
+
 def test_a_number_read_between_points_far_apart_is_marked(found):
     wide = json.loads(json.dumps(found))
     wide["equal_kl"]["gold"]["ppo"]["0.5"]["between"] = [0.2, 1.1]

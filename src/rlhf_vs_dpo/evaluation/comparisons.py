@@ -2,8 +2,8 @@
 
 None is fair in all. KL is what the RL objective pays for, and says nothing of where it went; compute says nothing of who
 must be asked; and one's own best is chosen by a judge that real life does not have. All are read off the paths of
-training, on validation prompts: a test prompt chooses nothing. (What best-of-n is worth at the n that validation prompts
-chose, `whole` measures on test prompts.)
+training, on validation prompts: a test prompt chooses nothing. (Where several settings of a method were run, equal KL is read between
+them, on test prompts; and what best-of-n is worth at the n that validation prompts chose, `whole` measures on test prompts.)
 """
 
 import numpy as np

@@ -26,8 +26,8 @@ def of_path(path: Path, resamples: Resamples, seed: int, points: int | None = No
     """Both failures on the first `points` points of a path (all, if None); None where gold, utility or reward is not known.
 
     Each has `gained` of the metric that rises, `lost` of the one that falls (negative: it fell) and `begins`, the KL of the point
-    where it begins, with 95 % intervals; `share`, in how many resamples it began before the end; and `shown`, whether the
-    intervals leave no doubt that the one rose and the other fell.
+    where it begins, with 95 % intervals; `share`, in how many resamples of the prompts (means over lines) the one rose and the
+    other fell; and `shown`, whether the intervals leave no doubt of it.
     """
     usable = _usable(path)
     if usable is None or len(usable) < 4:
@@ -40,7 +40,7 @@ def of_path(path: Path, resamples: Resamples, seed: int, points: int | None = No
     half = np.zeros(len(usable), dtype=bool)
     half[np.random.default_rng(seed).permutation(len(usable))[: len(usable) // 2]] = True
     weights = np.concatenate([np.ones((1, prompts)), resamples.units(path.kind, prompts)])[:, usable]
-    sums = {kind: {"gained": 0.0, "lost": 0.0, "begins": 0.0, "seen": 0.0} for kind in KINDS}
+    sums = {kind: dict.fromkeys(TOLD, 0.0) for kind in KINDS}
     for chooses in (half, ~half):
         chosen = {m: _means(top[m], bottom[m], weights * chooses) for m in ("gold", "utility")}
         told = {m: _means(top[m], bottom[m], weights * ~chooses) for m in top}
@@ -53,11 +53,12 @@ def of_path(path: Path, resamples: Resamples, seed: int, points: int | None = No
             sums[kind]["gained"] += 0.5 * np.where(seen, _at(told[rises], stop) - _at(told[rises], start), 0.0)
             sums[kind]["lost"] += 0.5 * np.where(seen, _at(told[falls], stop) - _at(told[falls], start), 0.0)
             sums[kind]["begins"] += 0.5 * _at(told["kl"], start)
-            sums[kind]["seen"] += 0.5 * seen
     told = {}
     for kind, found in sums.items():
         entry = {name: resamples.combine(found[name][0], found[name][1:], len(usable)).interval() for name in TOLD}
-        entry["share"] = float(found["seen"][1:].mean())
+        known = np.isfinite(found["gained"][0])
+        gained, lost = (found[name][1:, known].sum(1) for name in ("gained", "lost"))
+        entry["share"] = float(((gained > 0) & (lost < 0)).mean())
         entry["shown"] = entry["gained"]["mean"] is not None and entry["gained"]["low"] > 0 > entry["lost"]["high"]
         told[kind] = entry
     return told

@@ -96,8 +96,10 @@ def fit(path: Path, metric: str, form: str) -> Law | None:
 
 
 def _gained(kl: np.ndarray, reward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """sqrt(KL), and the reward over that of the first point, which is the SFT policy."""
-    return np.sqrt(np.maximum(kl, 0.0)), reward - reward[..., :1]
+    """sqrt(KL), and the reward over that of the first point, which is the SFT policy: its KL is 0 but for rounding, and it is no point of a fit."""
+    d = np.sqrt(np.maximum(kl, 0.0))
+    d[..., 0] = 0.0
+    return d, reward - reward[..., :1]
 
 
 def summary(path: Path, metric: str, law: Law) -> dict[str, float | str | None]:

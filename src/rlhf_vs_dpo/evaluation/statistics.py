@@ -71,10 +71,6 @@ class Estimate:
     kind: str = ""
     sums: tuple[np.ndarray, np.ndarray] | None = None
 
-    @property
-    def standard_error(self) -> float:
-        return float(np.nanstd(self.draws, ddof=1))
-
     def interval(self) -> dict[str, float | None]:
         """`mean` and the 95 % interval `low`, `high`; all null where nothing was measured, or on a single unit, which says
         nothing of another."""

@@ -72,12 +72,15 @@ class Inputs:
         return [measure.Line(sft, self.demonstrations[s], asked) for sft, s in zip(self.sft, self.seeds, strict=True)]
 
     def drawn(self, split: str) -> list[pd.DataFrame]:
-        """The part of each line's pool that is of a split; of test, on the prompts that policies are sampled on."""
+        """The part of each line's pool that is of a split, on the prompts that policies are sampled on there (test) or watched on (validation)."""
         parts = [self.pool[seed] for seed in self.seeds]
         parts = [pool[pool["split"] == split] for pool in parts]
-        if split == "test":
-            parts = [p[p["prompt_id"].isin(sft["prompt_id"])] for p, sft in zip(parts, self.sft, strict=True)]
-        return parts
+        others = self.sft if split == "test" else [*self.watched.values()][:1] * len(parts)
+        return (
+            [p[p["prompt_id"].isin(other["prompt_id"])] for p, other in zip(parts, others, strict=True)]
+            if others
+            else parts
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,11 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
     costs = _costs(inputs, rows, methods)
     best, deep_path, wide, curve = _best_of_n(inputs, inputs.lines(settings), resamples)
     frontiers = _frontiers(settings, estimates)
-    watched_axes = [axis for axis in axes if any(np.isfinite(path.values(axis)).any() for path in walked.values())]
-    criterion = next(iter(watched_axes), judge)
+    # Where a judge stands in for an annotator, it was not asked along training.
+    watched_axes = [axis for axis in axes if any(np.isfinite(path.values(axis)).any() for path in walked.values())] or [
+        judge
+    ]
+    criterion = watched_axes[0]
     return {
         "axes": axes,
         "judge": judge,
@@ -125,10 +131,12 @@ def compare(inputs: Inputs, settings: Evaluate, seed: int) -> dict[str, Any]:
             "temperature": asked.temperature,
             "price": asked.price,
             "judge": settings.preferred_by if inputs.judged else None,
+            "tastes": asked.temperature is not None and inputs.preferences.annotator.tastes,
         },
         "seeds": inputs.seeds,
         "answers": len(inputs.seeds) >= questions.LINES,
         "prompts": int(inputs.sft[0]["prompt_id"].nunique()),
+        "prompts_of": {row.name: int(row.tables[0]["prompt_id"].nunique()) for row in rows},
         "method_of": {row.name: row.method for row in rows},
         "families": {row.name: of_family[row.method] if row.trained else "best_of_n" for row in rows},
         "methods": methods,

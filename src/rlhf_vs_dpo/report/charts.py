@@ -110,9 +110,9 @@ def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def spoken(entry: Entry, digits: int = 2) -> str:
+def spoken(entry: Entry) -> str:
     """`1.81 (1.75 to 1.87)`: what is shown where the pointer is."""
-    return f"{entry['mean']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+    return f"{entry['mean']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})"
 
 
 def span(values: Iterable[float | None], scale: Scale = "linear") -> list[float]:
@@ -192,13 +192,12 @@ def labels(
     return [leader, named]
 
 
-def rule(values: list[float], colour: str = GREY, dash: list[int] | None = None, across: bool = False) -> alt.Chart:
-    """Thin lines at values of an axis: vertical, or horizontal where `across`."""
-    channel = {"y" if across else "x": alt.Y("at:Q") if across else alt.X("at:Q")}
+def rule(values: list[float], dash: list[int] | None = None) -> alt.Chart:
+    """Thin vertical lines at values of an axis."""
     return (
         alt.Chart(data({"at": value} for value in values))
-        .mark_rule(color=colour, strokeDash=dash or [1, 0], strokeWidth=1)
-        .encode(**channel)
+        .mark_rule(color=GREY, strokeDash=dash or [1, 0], strokeWidth=1)
+        .encode(x="at:Q")
     )
 
 

@@ -119,7 +119,7 @@ def blocks(source: Source) -> list[Block]:
         *questions(found),
         *differences(found),
         *lines(found),
-        Heading("Two ways to go wrong", "overoptimisation"),
+        Heading("Two ways to go wrong" if found["asked"]["tastes"] else "How it goes wrong", "overoptimisation"),
         *failed(found),
         *figures("overoptimisation", "best_of_n"),
         *overoptimisation(found),
@@ -129,7 +129,7 @@ def blocks(source: Source) -> list[Block]:
             "(interpolated between watched points, linear in √KL; a dash where a method never goes so far; † where those two "
             "points lie further apart than the KL asked for, so that the number is a guess at what happened between them, which "
             "its interval does not cover; ‡ where it is read between several settings of the method on test prompts, which is "
-            "what the KL of a finished policy means; a path says what one run passed through), at equal compute (FLOPs with all that a method needs before "
+            "what the KL of a finished policy means; a path says what a run passed through), at equal compute (FLOPs with all that a method needs before "
             "it starts; a dash where that alone is more than the budget), and each at its own best watched point, chosen on one "
             "half of the prompts and measured on the other. Best of n has no training: its n is chosen on validation prompts, and "
             "what it is worth is measured on test prompts, so that its last columns are of other prompts. Test prompts chose nothing."
@@ -138,8 +138,8 @@ def blocks(source: Source) -> list[Block]:
         *figures("compute"),
         Heading("What it cost", "cost"),
         Text(
-            "FLOPs = N (6 · tokens trained + 2 · (tokens generated + tokens read)), N being the weights outside the embedding "
-            "(Kaplan et al. 2020); a token counts once for each network and pass that learns from it. Monitoring and evaluation "
+            "FLOPs = N (6 · tokens trained + 2 · (tokens generated + tokens read)) − 2 F · tokens trained, N being the weights outside the embedding "
+            "(Kaplan et al. 2020) and F those of them that do not learn (with adapters); a token counts once for each network and pass that learns from it. Monitoring and evaluation "
             "are left out. Labels are counted nowhere. Seconds and memory are of the machine that ran it, and stand in run.html (run.md)."
             + "".join(
                 f" {method} asks the annotator while it trains: pairs of its later rounds are new ones."
@@ -171,8 +171,8 @@ def blocks(source: Source) -> list[Block]:
         *texts(source),
         Heading("What theory allows", "theory"),
         Text(
-            "A choice between two samples of the SFT policy, by whatever judge, is at most as selective as best-of-2 (pairs of "
-            "equal responses are left out of the data, which the bound does not know); best-of-n has KL at most "
+            "A choice between two samples of the SFT policy, by whatever judge, is at most as selective as best-of-2 (pairs with equal, empty or "
+            "unfinished responses are left out of the data, which the bound does not know); best-of-n has KL at most "
             "log n − (n−1)/n and wins at most n/(n+1) of comparisons (docs/from-rlhf-to-dpo.md)."
         ),
         Details("Bounds beside what was measured", [bounds(found)]),
@@ -314,11 +314,10 @@ def questions(found: dict[str, Any]) -> list[Block]:
         rows.append(row)
     intro = (
         "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that answer them were run. Differences are taken within each line and prompt; "
-        "p comes from an interval that is a little wider than the one shown (docs/statistics.md), corrected on each axis by Holm over the questions. "
-        "A difference is of the prompts that both rows have."
+        "p comes from an interval that is a little wider than the one shown (docs/statistics.md), corrected on each axis by Holm over the questions."
         if answer
         else "These pairs stand in params.yaml (`evaluate.questions`), written down before the lines that will answer them; they are answered from three lines on. Here are "
-        "the differences between these policies, with intervals over prompts."
+        "the differences between these policies."
     )
     return [Text(intro), Table(head, rows, "The planned questions", "questions")]
 
@@ -359,6 +358,8 @@ def failed(found: dict[str, Any]) -> list[Block]:
     }
     tables: list[Block] = []
     for kind, (name, gained, lost) in kinds.items():
+        if kind == "bias_amplified" and not found["asked"]["tastes"]:
+            continue  # utility is gold
         rows = []
         for path, both in found["failures"].items():
             entry = both[kind]
@@ -372,10 +373,15 @@ def failed(found: dict[str, Any]) -> list[Block]:
             )  # fmt: skip
         head = ["path", gained, lost, "from KL on", "resamples that show it", name.lower()]
         tables.append(Table(head, rows, f"{name}: what was gained, and what was given for it", f"failures-{kind}"))
+    bias = (
+        "Bias amplified: between the point of training at which gold is highest and that at which utility is highest, utility rose and gold "
+        "fell; the labels were obeyed, and were wrong. "
+        if found["asked"]["tastes"]
+        else "No bias can be amplified: these annotators value gold alone. "
+    )
     return [
         Text(
-            "Bias amplified: between the point of training at which gold is highest and that at which utility is highest, utility rose and gold "
-            "fell; the labels were obeyed, and were wrong. Reward model exploited: after the point at which utility is highest the RM reward "
+            f"{bias}Reward model exploited: after the point at which utility is highest the RM reward "
             "rose and utility fell; the reward model was wrong. Points are chosen on one half of the prompts and measured on the other, and the other "
             "way round, for the highest of noisy points looks higher than it is. `yes` where both intervals leave out 0. Methods are read over "
             "training on validation prompts, best of n over n on the test prompts that have the most samples."
@@ -510,7 +516,7 @@ def costs(found: dict[str, Any]) -> Table:
             ]
         )  # fmt: skip
     return Table(
-        ["policy", "needs", "tokens trained", "tokens generated", "tokens read", "own FLOPs", "total FLOPs", "models held", "hyper-parameters (own + RM)", "tokens per answer / SFT's"],
+        ["policy", "needs", "tokens trained", "tokens generated", "tokens read", "own FLOPs", "total FLOPs", "models held", "hyper-parameters (own + upstream)", "tokens per answer / SFT's"],
         rows, "Cost of one run of each method with what it needs upstream; the SFT policy is everybody's and left out", "cost",
     )  # fmt: skip
 
@@ -539,22 +545,28 @@ def inference(found: dict[str, Any]) -> list[Block]:
 
 def bent(found: dict[str, Any]) -> list[Block]:
     data = found["biases"].get("pairs", {})
+    varied = [m for m in ("entropy", "distinct_1", "distinct_2", "self_similarity") if _known(found, m)]
+    of = {"tokens": 1, "filler": 2} if _known(found, "filler") else {"tokens": 1}  # with how many digits
+    head = ["policy"]
+    for name in of:
+        head += [
+            name,
+            *(["tokens over SFT's"] if name == "tokens" else []),
+            *([f"{name} over chosen"] if name in data else []),
+        ]
     rows = []
     for row in _ranked(found):
-        metrics, bias = found["methods"][row], found["biases"].get("methods", {}).get(row, {})
-        rows.append(
-            [
-                Cell(row), cell(metrics["tokens"], 1), cell(found["length"]["over_sft"][row], 1),
-                Cell("–" if bias.get("tokens") is None else f"{bias['tokens']:+.1f}", bias.get("tokens")),
-                cell(metrics["filler"], 2),
-                Cell("–" if bias.get("filler") is None else f"{bias['filler']:+.2f}", bias.get("filler")),
-                *(cell(metrics[m], 2) for m in ("entropy", "distinct_1", "distinct_2", "self_similarity")),
-            ]
-        )  # fmt: skip
-    head = [
-        "policy", "tokens", "tokens over SFT's", "tokens over chosen", "filler", "filler over chosen", "entropy", "distinct-1",
-        "distinct-2", "self-similarity",
-    ]  # fmt: skip
+        metrics, over_chosen = found["methods"][row], found["biases"].get("methods", {}).get(row, {})
+        cells = [Cell(row)]
+        for name, digits in of.items():
+            cells.append(cell(metrics[name], digits))
+            if name == "tokens":
+                cells.append(cell(found["length"]["over_sft"][row], digits))
+            if name in data:
+                more = over_chosen[name]
+                cells.append(Cell("–" if more is None else f"{more:+.{digits}f}", more))
+        rows.append([*cells, *(cell(metrics[m], 2) for m in varied)])
+    head += [m.replace("_", "-") for m in varied]
     said = []
     if "filler" in data:
         said.append(
@@ -564,16 +576,14 @@ def bent(found: dict[str, Any]) -> list[Block]:
         said.append(
             f"chosen responses have {data['tokens']['chosen']:.1f} tokens and rejected ones {data['tokens']['rejected']:.1f}"
         )
-    before = (
-        [
-            Text(
-                f"In the preference data {', and '.join(said)}: what a policy has beyond the chosen responses, it has amplified. "
-                "(Of length, a part may be what a better response needs.)"
-            )
-        ]
-        if said
-        else []
+    liked = [name for name, of in data.items() if of["chosen"] > of["rejected"]]
+    amplified = (
+        f" What a policy has of {words.listed(liked)} beyond the chosen responses, it has amplified."
+        + (" (Of length, a part may be what a better response needs.)" if "tokens" in liked else "")
+        if liked
+        else ""
     )
+    before = [Text(f"In the preference data {', and '.join(said)}.{amplified}")] if said else []
     return [*before, Table(head, rows, "Length, filler and diversity on test prompts", "bent")]
 
 

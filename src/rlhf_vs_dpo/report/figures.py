@@ -138,7 +138,7 @@ def _dots(
 
 def questions(found: dict[str, Any], style: Style) -> Figure | None:
     """The planned questions, once they are answered: each difference with its interval."""
-    if not found["answers"]:
+    if not found["answers"] or not found["questions"][found["axes"][0]]:
         return None
     panels, said = [], []
     asked = [f"{q['a']} − {q['b']}" for q in found["questions"][found["axes"][0]]]
@@ -149,7 +149,7 @@ def questions(found: dict[str, Any], style: Style) -> Figure | None:
                 "said": signed(q), "answer": "answered" if q["answer"] in ("a", "b") else "open",
             }
             for q in found["questions"][name]
-            if q["mean"] is not None
+            if q["answer"] is not None
         ]  # fmt: skip
         y = alt.Y("question:N", sort=asked, title=None, scale=alt.Scale(domain=asked),
                   axis=alt.Axis(labels=number == 0, ticks=False, domain=False, grid=True, labelLimit=260, labelFontSize=11))  # fmt: skip
@@ -191,7 +191,7 @@ def comparison(found: dict[str, Any], style: Style) -> Figure:
 
 
 def _scatter(
-    found: dict[str, Any], style: Style, places: dict[str, tuple[Entry, Entry]], titles: tuple[str, str],
+    style: Style, places: dict[str, tuple[Entry, Entry]], titles: tuple[str, str],
     size: tuple[int, int], under: Sequence[Rows] = (), scale: Scale = "linear",
 ) -> Any:  # fmt: skip
     """Policies in a plane, with intervals both ways and names at the right.
@@ -244,15 +244,15 @@ def _pairs(found: dict[str, Any], x: str, y: str) -> dict[str, tuple[Entry, Entr
 
 def two_axes(found: dict[str, Any], style: Style) -> Figure | None:
     """What the labels asked for against what they should have asked for."""
-    if len(found["axes"]) < 2:
-        return None
+    if len(found["axes"]) < 2 or (found["asked"]["temperature"] is not None and not found["asked"]["tastes"]):
+        return None  # one axis, or two of the same thing
     up, across = found["axes"]
     titles = (f"{NAMES[across]}: what they should have asked for", f"{NAMES[up]}: what the labels asked for")
     return Figure(
         "two_axes",
         "Two truths: what the labels asked for, and what they should have asked for, on test prompts with 95 % intervals; dotted: best of n, over n",
         f"Scatter of {NAMES[up]} against {NAMES[across]}. {NAMES[across].capitalize()}: {_said(found, across)}",
-        _scatter(found, style, _pairs(found, across, up), titles, (620, 380), _of_n(found, across, up)),
+        _scatter(style, _pairs(found, across, up), titles, (620, 380), _of_n(found, across, up)),
     )
 
 
@@ -266,7 +266,7 @@ def frontier(found: dict[str, Any], style: Style) -> Figure:
         ]
         titles = ("KL(policy, SFT), nats per response, on a square-root scale", NAMES[metric])
         under = _of_n(found, "kl", metric) + of_settings
-        panels.append(_scatter(found, style, _pairs(found, "kl", metric), titles, size, under, "sqrt"))
+        panels.append(_scatter(style, _pairs(found, "kl", metric), titles, size, under, "sqrt"))
     return Figure(
         "frontier",
         "Reward against the distance from the SFT policy, on test prompts, each policy at its end; dotted: best of n, up to n = "
@@ -332,14 +332,19 @@ def overoptimisation(found: dict[str, Any], style: Style) -> Figure | None:
                 alt.layer(*layers).properties(width=182, height=170, title=FAMILY_NAMES[family] if not panels else "")
             )
         lines.append(alt.hconcat(*panels, spacing=8))
+    meant = {
+        "reward": "the reward model's, which was optimised",
+        "utility": "utility, which labels were drawn from",
+        "gold": "gold",
+    }
+    dots = "the watched points of training" + (", means over lines" if len(found["seeds"]) > 1 else "")
     peaks = [f"{m} at KL {law['gold']['peak_kl']:.2f}" for m, law in laws.items() if law.get("gold", {}).get("peak_kl") is not None]  # fmt: skip
     return Figure(
         "overoptimisation",
-        "Three rewards along each path, on validation prompts: the reward model's, which was optimised; utility, which labels were drawn "
-        "from; and gold. Dots are the watched points of one run of training (best of n: n), lines the fits of Gao et al. (2023) with 95 % bands",
-        "Gain in RM reward, utility and gold against the square root of KL. Gold peaks within reach: "
-        + (", ".join(peaks) or "none")
-        + ".",
+        f"What was gained along each path, on validation prompts: {'; '.join(meant[m] for m in metrics)}. Dots are {dots} (best of n: n), lines "
+        "the fits of Gao et al. (2023) with 95 % bands, where there are three points to fit",
+        f"Gain in {', '.join(NAMES[m] for m in metrics)} against the square root of KL."
+        + (f" Gold peaks within reach: {', '.join(peaks) or 'none'}." if "gold" in metrics else ""),
         alt.vconcat(*lines, spacing=10),
     )
 
@@ -397,7 +402,7 @@ def cost(found: dict[str, Any], style: Style) -> Figure:
         "cost",
         "Cost of training against quality on test prompts (best of n pays at every answer besides)",
         f"Total FLOPs: {', '.join(f'{row} {flops:.2g}' for row, flops in spent.items())}.",
-        _scatter(found, style, places, ("FLOPs, upstream included", NAMES[judge]), (560, 340), scale="log"),
+        _scatter(style, places, ("FLOPs, upstream included", NAMES[judge]), (560, 340), scale="log"),
     )
 
 
@@ -442,11 +447,12 @@ def forgetting(found: dict[str, Any], style: Style) -> Figure | None:
     shown = _known(found, ("corpus_perplexity", "fact_recall"))
     if not shown:
         return None
+    said = {"corpus_perplexity": "perplexity of held-out documents of the corpus", "fact_recall": "facts recalled"}
     titles = {metric: metric.replace("_", " ") for metric in shown}
     marks = {metric: [(found["methods"]["sft"][metric]["mean"], "line")] for metric in shown}
     return Figure(
         "forgetting",
-        "What is forgotten of pretraining: perplexity of held-out corpus, and facts recalled; grey: the SFT policy",
+        f"What is forgotten: {' and '.join(said[metric] for metric in shown)}; grey: the SFT policy",
         " ".join(f"{title.capitalize()}: {_said(found, metric)}" for metric, title in titles.items()),
         _dots(found, style, titles, marks, log=("corpus_perplexity",)),
     )
@@ -460,7 +466,7 @@ def diversity(found: dict[str, Any], style: Style) -> Figure:
     marks = {"filler": [(pairs["chosen"], "line"), (pairs["rejected"], "dots")]} if pairs else None
     return Figure(
         "diversity",
-        "How varied answers to one prompt are"
+        "How varied responses are"
         + (
             ", and how the annotator's taste for filler is amplified (grey line: share among chosen responses, dotted: among rejected ones)"
             if pairs
@@ -525,7 +531,7 @@ def best_of_n(found: dict[str, Any], style: Style) -> Figure:
     return Figure(
         "best_of_n",
         f"Best of n without training, from one pool (unbiased order-statistic estimate), on the {found['deep_prompts']} test prompts "
-        "that have the most samples: three rewards, how often it is chosen over SFT, and its KL",
+        "that have the most samples: what it gains, how often it is chosen over SFT, and its KL",
         f"{NAMES[first].capitalize()}: {values}.",
         alt.hconcat(*panels, spacing=24),
     )

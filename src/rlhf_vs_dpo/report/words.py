@@ -57,10 +57,17 @@ def axes_explained(found: dict[str, Any]) -> str:
     """What is measured, in a few sentences: every symbol where it first stands."""
     asked, said = found["asked"], []
     if asked["temperature"] is not None:
+        worth = (
+            "the gold reward (what it is really worth) and their own tastes"
+            if asked["tastes"]
+            else "the gold reward alone (what it is really worth)"
+        )
         said.append(
-            "Labels come from simulated annotators, who value a response by their utility u: the gold reward (what it is really "
-            "worth) and their own tastes. `preferred` is what they asked for: how often they would choose a policy's response over the SFT "
-            f"policy's, E σ((u − u_sft)/T), T = {asked['temperature']:g}. `gold` is what they should have asked for. `objective` is "
+            f"Labels come from simulated annotators, who value a response by their utility u: {worth}. "
+            "`preferred` is what they asked for: how often they would choose a policy's response over the SFT "
+            f"policy's, E σ((u − u_sft)/T), T = {asked['temperature']:g}. "
+            + ("`gold` is what they should have asked for. " if asked["tastes"] else "")
+            + "`objective` is "
             f"E[u]/T − {asked['price']:g} · KL, which RLHF and DPO both maximise; KL is the distance from the SFT policy, in nats per response."
         )
     elif "preferred" in found["axes"]:
@@ -150,14 +157,14 @@ def _answered(found: dict[str, Any], lines: int) -> list[str]:
     if any(q["answer"] == "open" for axis in found["axes"] for q in found["questions"][axis]):
         said.append(
             "A question that is open is no sign that two methods are equal: few lines find large differences only. More of `seeds` find smaller "
-            "ones (docs/statistics.md says how large with 3, 4, 5 and 8 lines)."
+            "ones (docs/statistics.md says how large they were in the built-in world with 3, 4, 5 and 8 lines)."
         )
     trained = {row: s for row, s in found["spread"].items() if row in found["paths"]}
     collapsed = sum(round(s["collapsed"] * s["lines"]) for s in trained.values())
     runs = sum(s["lines"] for s in trained.values())
     said.append(
-        f"{lines} lines were run, each a run of the whole pipeline from its own seed; {collapsed} of {runs} trained policies collapsed. "
-        "All pairs that were not planned are exploratory."
+        f"{lines} lines were run, each a run of the whole pipeline from its own seed; {collapsed} of {runs} trained policies collapsed (too few of their responses end, "
+        "or they gain too little over the SFT policy: `evaluate.collapse`). All pairs that were not planned are exploratory."
     )
     return said
 
@@ -168,8 +175,9 @@ def _questions(count: int, kind: str = "") -> str:
 
 def _failed(found: dict[str, Any]) -> str | None:
     """Which policies of this run show which failure, by their intervals."""
-    names = {"bias_amplified": "bias amplified (utility rose, gold fell)",
-             "reward_model_exploited": "reward model exploited (its score rose, utility fell)"}  # fmt: skip
+    names = {"reward_model_exploited": "reward model exploited (its score rose, utility fell)"}
+    if found["asked"]["tastes"]:
+        names = {"bias_amplified": "bias amplified (utility rose, gold fell)"} | names
     told = []
     for kind, words in names.items():
         seen = {name: both[kind]["shown"] for name, both in found["failures"].items()}
@@ -182,7 +190,7 @@ def _failed(found: dict[str, Any]) -> str | None:
                 of.append(run[0] + (until if len(run) > 1 else ""))
         told.append(f"{words}: {listed(of) or 'none'}")
     return (
-        f"Two ways to go wrong, as far as the intervals of this run tell: {'; '.join(told)}."
+        f"{'Two ways' if len(names) > 1 else 'One way'} to go wrong, as far as the intervals of this run tell: {'; '.join(told)}."
         if found["failures"]
         else None
     )
@@ -200,6 +208,7 @@ def limits(found: dict[str, Any]) -> list[str]:
             "and differences between methods are taken within each line before they are averaged."
         ),
         "Each row was run at one setting (params.yaml): the order of rows is an order of settings, too.",
+        *_fewer_prompts(found),
         "RM reward is the mean over responses that ended, for there is no EOS to score the others at."
         + (
             " Every line has a reward model of its own, and these are not on one scale: what is averaged over lines is each policy's "
@@ -214,6 +223,17 @@ def limits(found: dict[str, Any]) -> list[str]:
         ),
     ]
     return said
+
+
+def _fewer_prompts(found: dict[str, Any]) -> list[str]:
+    """Rows that were measured on a part of the test prompts: their numbers in a table are of other prompts than the rest."""
+    fewer = {row: prompts for row, prompts in found["prompts_of"].items() if prompts < found["prompts"]}
+    told = [f"{row} was sampled on {prompts} of the {found['prompts']} test prompts" for row, prompts in fewer.items()]
+    return (
+        [f"{'; '.join(told)}: its means are of those, and differences are of the prompts that both rows have."]
+        if told
+        else []
+    )
 
 
 def p_value(p: float | None) -> str:

@@ -48,7 +48,8 @@ def _tested(file: Path, criterion: str) -> str:
     if not file.exists():
         return "-"
     of = json.loads(file.read_text())
-    return f"{of[criterion]:.2f} ({of[f'{criterion}_low']:.2f} to {of[f'{criterion}_high']:.2f})"
+    ends = [of.get(f"{criterion}_{end}") for end in ("low", "high")]  # of what rows are compared by alone
+    return f"{of[criterion]:.2f}" + ("" if None in ends else f" ({ends[0]:.2f} to {ends[1]:.2f})")
 
 
 if __name__ == "__main__":
