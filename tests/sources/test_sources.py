@@ -55,6 +55,35 @@ def test_conversational_with_a_template():
     assert explicit == implicit == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yes", "no")
 
 
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_the_end_of_a_turn_is_no_part_of_a_response_whatever_the_eos(eos):
+    class Tokenizer:
+        chat_template, bos_token, eos_token = None, None, eos
+
+    render = forms.chat_renderer(CHATML, Tokenizer())
+    row = {"prompt": [user("hi")], "chosen": [assistant("yes. ")], "rejected": [assistant("<|im_end|>no")]}
+    assert pair(row, render)[1:] == ("yes.", "<|im_end|>no")
+    assert pair(row, forms.chat_renderer(CHATML, None))[1:] == ("yes.", "<|im_end|>no")
+
+
+def test_templates_as_models_bring_them():
+    """Several by name, and marked for the loss by a tag of transformers."""
+
+    class Tokenizer:
+        bos_token, eos_token = None, "<|im_end|>"
+
+        def __init__(self, template):
+            self.chat_template = template
+
+    row = {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    plain = pair(row, forms.chat_renderer(None, Tokenizer(CHATML)))
+    assert pair(row, forms.chat_renderer(None, Tokenizer({"tool_use": "x", "default": CHATML}))) == plain
+    with pytest.raises(DataError, match=r"several chat templates \(rag, tool_use\)"):
+        forms.chat_renderer(None, Tokenizer({"rag": "x", "tool_use": "x"}))
+    marked = CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+    assert pair(row, forms.chat_renderer(None, Tokenizer(marked))) == plain
+
+
 def test_conversational_without_a_template_is_plain_text():
     result = pair({"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]})
     assert result == ("User: hi\n\nAssistant:", " yes", " no")
@@ -73,6 +102,23 @@ def test_conversational_without_a_template_is_plain_text():
         ({"prompt": [user(None)], "chosen": [assistant("y")], "rejected": [assistant("z")]}, "both text"),
         ({"chosen": [assistant("y")], "rejected": [assistant("z")]}, "no message before the answer"),
         ({"prompt": 3, "chosen": "y", "rejected": "z"}, "must all be text"),
+        ({"prompt": [user("x")], "chosen": [assistant(" ")], "rejected": [assistant("z")]}, "chosen: is empty"),
+        ({"prompt": [user("x")], "chosen": [assistant("y")], "rejected": []}, "rejected: is empty"),
+        (
+            {"prompt": [user("x")], "chosen": [user("x"), assistant("y")], "rejected": [user("x"), assistant("z")]},
+            "what the user says",
+        ),
+        (
+            {name: [user("x"), assistant(name), user("more"), assistant("y")] for name in ("chosen", "rejected")},
+            "differ before the last turn",
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+                "rejected": "\n\nHuman: a\n\nAssistant: z",
+            },
+            "differ before the last turn",
+        ),
     ],
 )
 def test_rows_in_no_form_are_refused_by_number(row, message):
@@ -102,6 +148,16 @@ def test_a_question_that_stands_beside_the_conversation():
     assert pair(turns | {"prompt": "hi"}) == pair(turns) == (opening, " chosen", " rejected")
     with pytest.raises(DataError, match="asks something else"):
         pair(whole | {"prompt": "who?"})
+
+
+def test_a_row_keeps_its_number_whatever_was_left_out_before_it():
+    rows = [{"prompt": f"q{i}", "chosen": "" if i < 2 else "a", "rejected": "b"} for i in range(5)]
+    rows[2]["split"], rows[3]["p_chosen"] = "dev", 2.0
+    with pytest.raises(DataError) as error:
+        forms.to_pairs(rows, "f", RENDER, SPLITS, None, drop=True)
+    assert (
+        "row 2, split" in str(error.value) and "row 3, p_chosen" in str(error.value) and "row 0" not in str(error.value)
+    )
 
 
 def test_ties_are_no_preference():
@@ -322,16 +378,17 @@ def reviews(count):
     ]
 
 
+def imdb_settings():
+    return Imdb(
+        origin="hub", dataset="stanfordnlp/imdb", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=10,
+        classifier_reviews=200, prompt_words=[2, 4], response_words=12,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def imdb_tables(monkeypatch):
     monkeypatch.setattr(imdb, "load_rows", lambda *args: reviews(400))
-    return imdb.build(
-        Imdb(
-            origin="hub", dataset="stanfordnlp/imdb", revision="0" * 40, train=60, validation=20, test=20, corpus_train=20, corpus_validation=10,
-            classifier_reviews=200, prompt_words=[2, 4], response_words=12,
-        ),
-        seed=0,
-    )  # fmt: skip
+    return imdb.build(imdb_settings(), seed=0)
 
 
 def test_imdb_cuts_reviews_into_prompt_and_continuation(imdb_tables):
@@ -364,6 +421,15 @@ def test_the_stored_classifier_is_scikit_learns(imdb_tables):
 
 
 def test_no_review_serves_two_purposes(imdb_tables, monkeypatch):
+    parts, fit = [], imdb.fit_classifier
+    monkeypatch.setattr(imdb, "fit_classifier", lambda *frames: parts.extend(frames) or fit(*frames))
+    tables = imdb.build(imdb_settings(), seed=0)
+    learned = set(parts[0]["text"])
+    others = [set(parts[1]["text"]), set(tables.corpus["text"])]
+    shown = [row.prompt + row.response for row in tables.demonstrations.itertuples()]
+    assert all(not learned & texts for texts in others) and not others[0] & others[1]
+    for texts in (learned, *others):
+        assert not any(text.startswith(cut) for text in texts for cut in shown)
     with pytest.raises(DataError, match="asks for 640 reviews in all, and there are 400"):
         imdb.build(
             Imdb(

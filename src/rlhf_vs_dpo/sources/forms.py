@@ -25,6 +25,10 @@ Render = Callable[[Sequence[dict[str, str]], bool], str]  # (messages, add the o
 COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "annotator", "p_chosen")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))  # of UltraFeedback, of Tulu 3
 HELD_OUT = "held out"  # of a source that says so much and no more
+# What a person says in between is no response.
+BEFORE_THE_LAST_TURN = (
+    "`chosen` and `rejected` differ before the last turn; a preference is between two answers to one conversation"
+)
 
 # For models that bring no chat template: plain text, a turn a paragraph.
 PLAIN_TEMPLATE = (
@@ -90,6 +94,8 @@ def _implicit(chosen: str, rejected: str, place: str, marker: str | None) -> tup
         raise DataError(
             f"{place}: `chosen` and `rejected` share no prefix, so there is no prompt in them; add a `prompt` column"
         )
+    if marker and any(marker in text[cut:] for text in (chosen, rejected)):
+        raise DataError(f"{place}: {BEFORE_THE_LAST_TURN}")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -125,6 +131,15 @@ def _conversation(
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise DataError(f"{place}: the conversation has no message before the answer; add a `prompt`")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or not answer[-1]["content"].strip():
+            raise DataError(f"{place}, {name}: is empty")
+        if answer[0]["role"] == "user":
+            raise DataError(
+                f"{place}, {name}: begins with what the user says; behind the prompt it must begin with the answer"
+            )
+        if len(answer) > 1:
+            raise DataError(f"{place}: {BEFORE_THE_LAST_TURN}")
     opening = render(prompt, True)
     answers = []
     for answer in (chosen, rejected):
@@ -141,13 +156,31 @@ def _conversation(
 def chat_renderer(template: str | None, tokenizer) -> Render:
     """Renders messages by `template`, else by the tokenizer's own template, else as plain text.
 
-    The end-of-turn that a template writes after an answer is cut: a response is closed by EOS, which `text` adds.
+    The end-of-turn that a template writes after an answer, EOS or another, is cut: a response is closed by EOS, which `text` adds.
+    Raises DataError for a template that is none, and where a model brings several and none of them is `default`.
     """
+    import jinja2.ext
     import jinja2.sandbox
 
     given = template or getattr(tokenizer, "chat_template", None) or PLAIN_TEMPLATE
+    if isinstance(given, dict):
+        if "default" not in given:
+            raise DataError(
+                f"the model has several chat templates ({', '.join(given)}); write one into `data.chat_template`"
+            )
+        given = given["default"]
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`, by which templates of the Hub mark what the assistant says: here it is what stands in it."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
 
     def refuse(message: str):
@@ -162,6 +195,14 @@ def chat_renderer(template: str | None, tokenizer) -> Render:
             f"the chat template (`data.chat_template`, or the model's own) is not valid Jinja: {error}"
         ) from None
     special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
+    asked = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]
+    try:
+        end = compiled.render(messages=asked, add_generation_prompt=False, **special).rpartition("answered")[2].strip()
+    except (
+        jinja2.TemplateError,
+        TypeError,
+    ):  # a template that wants more than that, and may render the data all the same
+        end = special["eos_token"]
 
     def render(messages: Sequence[dict[str, str]], opening: bool) -> str:
         try:
@@ -170,8 +211,7 @@ def chat_renderer(template: str | None, tokenizer) -> Render:
             raise DataError(f"the chat template cannot render {str(messages)[:120]}: {error}") from None
         if opening:
             return text
-        text = text.rstrip()
-        return text.removesuffix(special["eos_token"]).rstrip() if special["eos_token"] else text
+        return text.rstrip().removesuffix(end).rstrip()
 
     return render
 
@@ -198,7 +238,7 @@ def to_pairs(
     that prompt are left out, too.
     """
     pairs: dict[str, list] = {name: [] for name in COLUMNS}
-    numbers: list[int] = []  # of the rows that became pairs
+    numbers: list[int] = []  # of the rows that became pairs: their index, by which errors name them
     held_out = False
     faults: dict[int, tuple[str, str, str]] = {}  # what is wrong with a row, its id and how it begins
     for number, row in enumerate(rows):
@@ -222,14 +262,15 @@ def to_pairs(
         for column, value in zip(COLUMNS, values, strict=True):
             pairs[column].append(value)
         numbers.append(number)
-    frame = pd.DataFrame(pairs)
+    frame = pd.DataFrame(pairs, index=numbers)
     del pairs
     if held_out:
         held = set(frame.loc[frame["split"] != "train", "prompt_id"])
-        for at in frame.index[(frame["split"] == "train") & frame["prompt_id"].isin(held)]:
-            why = f"{place}, row {numbers[at]}: its prompt is held out, too"
-            faults[numbers[at]] = why, frame["pair_id"][at], frame["prompt"][at][:80]
-        frame = frame[~((frame["split"] == "train") & frame["prompt_id"].isin(held))].reset_index(drop=True)
+        again = (frame["split"] == "train") & frame["prompt_id"].isin(held)
+        for number, row in frame[again].iterrows():
+            why = f"{place}, row {number}: its prompt is held out, too"
+            faults[number] = why, row["pair_id"], row["prompt"][:80]
+        frame = frame[~again]
     if faults and not drop:
         more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise DataError(
@@ -245,7 +286,7 @@ def to_pairs(
         for number, (why, name, begins) in sorted(faults.items())
     ]
     listed = pd.DataFrame(left_out, columns=empty("unusable").columns) if left_out else empty("unusable")
-    return Read(validate(frame, "pairs", place), listed)
+    return Read(validate(frame, "pairs", place).reset_index(drop=True), listed)
 
 
 def _check_decided(row: dict[str, Any], place: str) -> None:
