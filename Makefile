@@ -17,6 +17,7 @@ export PATH := $(BIN):$(PATH)
 # Nothing here asks the Hub for anything unless params.yaml says so; libraries need not ring home either.
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
 export TOKENIZERS_PARALLELISM := false
 # Compiled modules are kept, even where the environment forbids it (containers often do): without them each stage compiles
 # torch and transformers again, which takes longer than importing them.

@@ -11,6 +11,8 @@ from rlhf_vs_dpo.run import arithmetic  # noqa: E402
 
 # As in every stage, and before torch and numpy are imported: what a test computes here is what a stage computes.
 os.environ.update(arithmetic.fixed_environment({}))
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # some tests import MLflow before the project does
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # several processes talk to one another here alone
 arithmetic.take_avx2()
 
 import pytest  # noqa: E402

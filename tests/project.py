@@ -22,6 +22,7 @@ BIN = Path(sys.executable).parent
 ENV = {key: value for key, value in arithmetic.fixed_environment(dict(os.environ)).items() if not key.startswith("MLFLOW_")} | {
     "PATH": f"{BIN}:{os.environ['PATH']}",
     "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 

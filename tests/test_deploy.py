@@ -93,6 +93,48 @@ def test_waves_are_printed_for_other_schedulers(monkeypatch, capsys):
     assert capsys.readouterr().out == "a,b alone\nc d\ne,f\n"
 
 
+ENDING = {  # what Slurm signals before the end of the time is the task of the step, not what the task has started
+    "srun": """#!/usr/bin/env python3
+import os, signal, subprocess, sys, time
+task = subprocess.Popen([word for word in sys.argv[1:] if not word.startswith("--ntasks")])
+while not os.path.exists("ready"):
+    time.sleep(0.01)
+task.send_signal(signal.SIGTERM)
+sys.exit(task.wait() & 0xFF)
+""",
+    "dvc": """#!/usr/bin/env python3
+import subprocess, sys
+status = subprocess.run([sys.executable, "stage.py"]).returncode
+open("locked", "w").close()
+sys.exit(status)
+""",
+}
+STAGE = """
+import os, signal, sys, time
+def heard(*_):
+    time.sleep(0.3)
+    open("checkpoint", "w").close()
+    os._exit(143)
+signal.signal(signal.SIGTERM, heard)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_at_the_end_of_the_time_the_stage_keeps_a_checkpoint_and_dvc_sees_it_end(tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in ENDING.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (tmp_path / "stage.py").write_text(STAGE)
+    ended = subprocess.run(
+        ["bash", SLURM / "cells.sbatch", "rl@ppo-0"], cwd=tmp_path, timeout=60, check=False,
+        env=ENV | {"PATH": f"{folder}:{ENV['PATH']}", "SLURM_ARRAY_TASK_ID": "0"},
+    )  # fmt: skip
+    assert ended.returncode == 143 and (tmp_path / "checkpoint").exists() and (tmp_path / "locked").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.pipeline
 def test_two_nodes_train_one_cell(ready, slurm, tmp_path):

@@ -203,6 +203,41 @@ def test_gpus_are_those_that_may_be_seen(monkeypatch):
         assert cells.gpus() == expected
 
 
+def test_a_machine_without_a_driver_has_no_gpus(monkeypatch):
+    import pynvml
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+    assert cells.gpus() == ["0", "1", "2"]
+
+    def none():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", none)
+    assert cells.gpus() == []
+
+
+def test_a_lock_of_somebody_who_may_be_at_work_elsewhere_is_left_to_dvc(tmp_path, monkeypatch):
+    """Of another node of a cluster, say. DVC forgets a process that it does not find; a zombie it would wait for."""
+    monkeypatch.chdir(tmp_path)
+    busy = tmp_path / ".dvc" / "tmp" / "rwlock"
+    busy.parent.mkdir(parents=True)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has buried it
+    (tmp_path / "tuning").mkdir()
+    for holder, left in ((os.getpid(), True), (2**22 + 1, True), (child.pid, False)):
+        busy.write_text(json.dumps({"write": {"models/a": {"pid": holder, "cmd": "dvc"}}}))
+        cells.repair()
+        assert busy.exists() == left, holder
+    child.wait()
+    for name in ("dvc.lock", "tuning/dvc.lock"):
+        (tmp_path / name).write_text("stages:\n  - {")
+    cells.repair()
+    assert {path.name for path in tmp_path.glob("**/*damaged")} == {"dvc.lock.damaged"}
+    assert (tmp_path / "tuning" / "dvc.lock.damaged").exists() and not (tmp_path / "tuning" / "dvc.lock").exists()
+
+
 def test_what_was_cut_off_is_set_aside(tmp_path):
     folder = toy(tmp_path / "toy")
     assert all_of(folder)[0] == 0

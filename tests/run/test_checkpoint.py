@@ -137,7 +137,7 @@ def test_two_processes_go_on_from_what_the_first_chose(here, held, monkeypatch):
     script.write_text(TWO.format(tests=str(Path(__file__).parent)))
     env = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1", str(script)],
         cwd=here, env=env | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -277,7 +277,8 @@ with kept.listening():
 """
 
 
-def test_sigterm_ends_a_loop_behind_its_step_with_a_checkpoint(here):
+@pytest.mark.parametrize("told", [1, 2])  # by whoever ends it, and once more by the end of DVC
+def test_sigterm_ends_a_loop_behind_its_step_with_a_checkpoint(here, told):
     def start():
         process = subprocess.Popen(
             [sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -288,7 +289,9 @@ def test_sigterm_ends_a_loop_behind_its_step_with_a_checkpoint(here):
     assert said == ["ready", "0"]
     for _ in range(3):
         steps = int(process.stdout.readline())
-    process.send_signal(signal.SIGTERM)
+    for _ in range(told):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "ended by SIGTERM" in err, err
     steps = int(out.split()[-1]) if out.split() else steps

@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -22,7 +23,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(journal.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05)))
+    quick = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(min(seconds, 0.05))})
+    monkeypatch.setattr(journal, "time", quick)  # of this module alone: tests wait as long as they say
     return tmp_path
 
 
@@ -196,6 +198,27 @@ def test_a_stage_that_says_too_much_waits_until_some_of_it_is_sent(here, monkeyp
     while not went_on.wait(0.02):
         kept.taken(len(kept.lines()))
     assert len(kept.lines()) == 21
+
+
+def test_what_is_still_to_be_sent_counts_until_it_is_taken(here):
+    kept = Journal("x")
+    for message in steps(4):
+        kept.add(message)
+    whole = kept.path.stat().st_size
+    assert kept.unsent_bytes == whole
+    kept.taken(1)
+    assert 0 < whole - kept.unsent_bytes < whole / 2
+    kept.taken(4)
+    assert kept.unsent_bytes == 0
+    kept.add(steps(5)[4])
+    assert kept.unsent_bytes == kept.path.stat().st_size - whole
+    kept.close()
+    after = Journal("x")  # an attempt that goes on: what others have left waits for nobody
+    after.add(steps(1)[0])
+    after.taken(5)
+    assert after.unsent_bytes > 0
+    after.taken(6)
+    assert after.unsent_bytes == 0
 
 
 def test_an_artifact_is_the_file_as_it_was(here):

@@ -78,6 +78,37 @@ def test_what_it_does_not_know_is_refused_and_nothing_is_written(text, message, 
     assert params.read_text() == before
 
 
+@pytest.mark.parametrize("text", ["", "# to be written\n"])
+def test_a_profile_that_says_nothing_changes_nothing(text, params, tmp_path):
+    (tmp_path / "default.yaml").write_text(params.read_text())
+    (tmp_path / "empty.yaml").write_text(text)
+    before = config.read_params(params)
+    result = apply("empty", params, tmp_path)
+    assert result.exit_code == 0 and config.read_params(params) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("bad.yaml", "- a\n- b\n", "bad.yaml: must be a map of keys"),
+        ("bad.yaml", "a: [1\n", "bad.yaml: not valid YAML"),
+        ("params.yaml", "a: [1\n", "params.yaml: not valid YAML"),
+        ("params.yaml", "- a\n", "params.yaml: must be a map of keys"),
+        ("params.yaml", "", "there"),
+        ("params.yaml", None, "params.yaml: no such file; restore it with `make profile NAME=default`"),
+    ],
+)
+def test_files_that_cannot_be_laid_over_one_another_are_named(file, text, message, params, tmp_path):
+    (tmp_path / "default.yaml").write_text(params.read_text())
+    (tmp_path / "bad.yaml").write_text("seed: 1\n")
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    result = apply("bad", params, tmp_path)
+    assert result.exit_code == 1 and message in result.output and isinstance(result.exception, SystemExit), (
+        result.output
+    )
+    assert not params.exists() if text is None else params.exists()
+
+
 def test_a_profile_may_bring_a_variant(params, tmp_path):
     (tmp_path / "default.yaml").write_text(params.read_text())
     (tmp_path / "more.yaml").write_text(

@@ -76,6 +76,40 @@ def test_stages_share_a_process_only_where_there_is_one(here, process):
     }  # fmt: skip
 
 
+def test_nobody_is_told_of_a_run(here):
+    """MLflow would tell its makers, over the network."""
+    script = (
+        "from rlhf_vs_dpo.run.recorder import Recorder; r = Recorder(); r.tell(create='x', tags={}, params={}); r.end('FINISHED')\n"
+        "from rlhf_vs_dpo.run import store; store.client()\n"
+        "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
+    )
+    asked = {"MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI", "PYTEST_CURRENT_TEST"}
+    environment = {key: value for key, value in os.environ.items() if key not in asked}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split()[-1] == "True"
+
+
+def test_a_shared_process_that_is_killed_before_it_has_read_all_is_an_error_and_no_wait(here, monkeypatch):
+    """Linux then says ECONNRESET to whoever listens."""
+    import socket
+
+    place = here / "recorder"
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(place))
+    server.listen()
+    monkeypatch.setenv(recorder.SHARED, str(place))
+    teller = Recorder()
+    line, _ = server.accept()
+    teller.tell(create="x", tags={}, params={})
+    line.close()  # unread
+    assert teller.ended.wait(30)
+    with pytest.raises(DataError, match="the process that tells MLflow has ended"):
+        for step in range(100):
+            teller.tell(metrics={"a": 1.0}, step=step)
+    server.close()
+
+
 def test_a_process_that_has_ended_is_replaced(here, monkeypatch):
     monkeypatch.setenv(recorder.SHARED, str(here / "gone"))
     teller = Recorder()

@@ -230,8 +230,14 @@ def gpus() -> list[str]:
     """Names of the GPUs that cells may use, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    found = Path("/proc/driver/nvidia/gpus")
-    return [str(number) for number in range(len(list(found.iterdir())))] if found.is_dir() else []
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:  # no GPU, or no driver
+        return []
+    return [str(number) for number in range(count)]
 
 
 def repair() -> None:
@@ -239,34 +245,44 @@ def repair() -> None:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    lock, busy = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
-    if lock.exists():
+    for lock in (Path("dvc.lock"), Path("tuning/dvc.lock")):
         try:
-            whole = isinstance(YAML(typ="safe").load(lock.read_text()), dict)
+            whole = not lock.exists() or isinstance(YAML(typ="safe").load(lock.read_text()), dict)
         except YAMLError:
             whole = False
         if not whole:
-            lock.replace("dvc.lock.damaged")
+            lock.replace(f"{lock}.damaged")
             print(
-                "dvc.lock was cut off and is now dvc.lock.damaged; what was finished comes back from DVC's cache",
+                f"{lock} was cut off and is now {lock}.damaged; what was finished comes back from DVC's cache",
                 file=sys.stderr,
             )
-    if busy.exists():
-        try:
-            said = json.loads(busy.read_text())
-            holders = [*said["write"].values(), *(reader for readers in said["read"].values() for reader in readers)]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            holders = []
-        if not any(_works(holder["pid"]) for holder in holders):
-            busy.unlink()
+    busy = Path(".dvc/tmp/rwlock")
+    if not busy.exists():
+        return
+    try:
+        said = json.loads(busy.read_text())
+        readers = [reader for several in said.get("read", {}).values() for reader in several]
+        holders = [holder["pid"] for holder in (*said.get("write", {}).values(), *readers)]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        busy.unlink()
+        return
+    # Whom it does not find, DVC forgets by itself; a zombie it waits for, and containers may not bury them.
+    if any(_is_zombie(pid) for pid in holders) and not any(_works(pid) for pid in holders):
+        busy.unlink()
 
 
 def _works(pid: int) -> bool:
-    """Whether a process is there and no zombie, which DVC would wait for in a container that does not bury them."""
+    """Whether a process is there, and no zombie."""
+    import psutil
+
+    return psutil.pid_exists(pid) and not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
     import psutil
 
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

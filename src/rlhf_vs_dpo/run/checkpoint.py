@@ -32,6 +32,7 @@ from rlhf_vs_dpo.run.launch import is_main
 
 KEPT = 2  # checkpoints of a stage
 PATIENCE = 30.0  # seconds to wait for another process at the same work, which may be finishing its last step
+ONE_END = 5.0  # seconds in which a second SIGTERM is the first, told twice
 TENSORS, STATE, IDENTITY, RUNS = "tensors.safetensors", "state.json", "identity.json", "runs.txt"
 
 
@@ -163,6 +164,7 @@ class OnDisk(Checkpoint):
         self.found: dict[str, Any] = {}  # parts that nobody has asked for yet
         self.number = self.loops = 0
         self.saving = self.asked_to_end = False
+        self.asked_at = 0.0
         self.began = time.monotonic()
         self._lock: Any = None
         if write and not self._alone():
@@ -320,14 +322,18 @@ class OnDisk(Checkpoint):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Behind the step of a loop, else at once. A second SIGTERM does not wait."""
+        """Behind the step of a loop, else at once. A second SIGTERM does not wait, unless it is the first told twice: to the whole group of
+        processes, and by the end of DVC (`launch.end_with_parent`)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def heard(*_: Any) -> None:
             if self.asked_to_end:
-                raise SystemExit(128 + signal.SIGTERM)
+                if time.monotonic() - self.asked_at > ONE_END:
+                    raise SystemExit(128 + signal.SIGTERM)
+                return
+            self.asked_at = time.monotonic()
             if self.loops or self.saving:
                 # Of several processes the first writes and ends; then the others have nobody to work with.
                 self.asked_to_end = True

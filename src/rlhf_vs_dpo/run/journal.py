@@ -49,6 +49,8 @@ class Journal:
             with self.path.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         self.sent = self._noted()
+        self._before = len(self.lines()) if self.path.exists() else 0  # lines of attempts before this one
+        self._ends = [0]  # bytes of this one's lines, up to each of them
         self.unsent_bytes = 0
         self._turn = threading.Condition()
 
@@ -86,6 +88,7 @@ class Journal:
                     f"{self.path}: the disk is full: {len(line):,} bytes more do not fit; make room and run again"
                 ) from error
             self.unsent_bytes += len(line)
+            self._ends.append(self._ends[-1] + len(line))
         return message
 
     def _kept(self, artifact: Path) -> str:
@@ -104,7 +107,8 @@ class Journal:
         with atomic.writing(self._count) as temporary:
             temporary.write_text(str(count))
         with self._turn:
-            self.unsent_bytes = 0
+            own = min(max(count - self._before, 0), len(self._ends) - 1)
+            self.unsent_bytes = self._ends[-1] - self._ends[own]
             self._turn.notify_all()
 
     def remove(self) -> None:

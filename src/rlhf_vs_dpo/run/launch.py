@@ -63,6 +63,7 @@ def on_all_devices() -> None:
             "-m",
             "torch.distributed.run",
             "--standalone",
+            "--local-addr=127.0.0.1",  # else it asks for the name of this machine, which some do not know themselves
             "--nproc_per_node",
             str(processes),
             "--",

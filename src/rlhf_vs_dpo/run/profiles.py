@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.errors import ParamsError, UserError
+from rlhf_vs_dpo.run import atomic
 
 
 def overlay(params: Any, profile: dict[str, Any], place: str, key: str = "") -> None:
@@ -82,13 +83,15 @@ def main(
             yaml.representer.add_representer(
                 type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null")
             )
+            for file in (params, path):  # for its errors; read again, with the spelling of its numbers kept
+                if not isinstance(config.read_params(file), dict):
+                    raise ParamsError(f"{file}: must be a map of keys")
             before = params.read_text()
-            merged = yaml.load(before)
+            merged = yaml.load(before) or {}
             if before != default:
                 typer.echo("params.yaml differs from the default already; the profile is laid over it as it is "
                            "(`make profile NAME=default` first for a clean start)\n")  # fmt: skip
-            config.read_params(path)  # for its errors; read again below, with the spelling of its numbers kept
-            overlay(merged, yaml.load(path.read_text()), str(path))
+            overlay(merged, yaml.load(path.read_text()) or {}, str(path))
             after = _text(merged, yaml)
         config.check(YAML(typ="safe").load(after), str(path))
     except UserError as error:
@@ -99,7 +102,8 @@ def main(
             before.splitlines(), after.splitlines(), "params.yaml before", f"with {name}", lineterm="", n=0
         )
     )
-    params.write_text(after)
+    with atomic.writing(params) as temporary:
+        temporary.write_text(after)
     typer.echo("\n".join(difference) or "nothing to change")
     typer.echo("\nnext: make repro")
 

@@ -50,21 +50,28 @@ class Recorder:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        for line in self.answers:
-            try:
-                answer = json.loads(line)
-            except json.JSONDecodeError:  # a library that prints
-                sys.stderr.write(line)
-                continue
-            self.run_id = answer.get("run_id", self.run_id)
-            self.failure = answer.get("error", self.failure)
-            self.unsent = answer.get("unsent", self.unsent)
-            if "notice" in answer:
-                print(f"\nwarning [mlflow]: {answer['notice']}", file=sys.stderr)
-            else:
-                self.answered.set()
-        self.answered.set()
-        self.ended.set()
+        try:
+            for line in self.answers:
+                self._heard(line)
+        except OSError:  # a shared recorder that was killed before it had read all: `tell` says so
+            pass
+        finally:
+            self.answered.set()
+            self.ended.set()
+
+    def _heard(self, line: str) -> None:
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError:  # a library that prints
+            sys.stderr.write(line)
+            return
+        self.run_id = answer.get("run_id", self.run_id)
+        self.failure = answer.get("error", self.failure)
+        self.unsent = answer.get("unsent", self.unsent)
+        if "notice" in answer:
+            print(f"\nwarning [mlflow]: {answer['notice']}", file=sys.stderr)
+        else:
+            self.answered.set()
 
     def begun(self) -> str | None:
         """Wait until the run has an id, and return it; None where MLflow is silent for too long."""

@@ -25,6 +25,9 @@ BATCH = 1000  # metrics that MLflow takes at once
 JOURNAL = "journal:"  # how the id of a run begins that MLflow did not know yet when its stage ended (run/journal.py)
 LOCKED_SECONDS = 60  # how long a process waits for others that write to the same SQLite file
 
+# MLflow would tell its makers of every run. Read when it is imported, which nothing does before this.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
 
 def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
