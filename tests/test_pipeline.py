@@ -7,6 +7,7 @@ runs what it is about, through DVC where DVC is what is tested.
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from project import ENV, by_hand, change, copy_project, fails, inside, lock, planned, ran, run
+from project import ENV, by_hand, change, copy_project, fails, inside, lock, planned, ran, run, stages
 from ruamel.yaml import YAML
 
 from rlhf_vs_dpo import config, tables
@@ -139,6 +140,66 @@ def test_online_rounds_sample_new_pairs(smoke):
     assert curve["step"].is_monotonic_increasing and curve["step"].is_unique
     heldout = tables.read_table(folder / "heldout" / "dpo_online-0.parquet", "heldout")
     assert heldout.groupby("step").size().nunique() == 1
+
+
+def again(folder: Path, stage: str, to: Path) -> list[str]:
+    """Options of a stage, with what it makes in another folder."""
+    words, outs = stages(folder)[stage]
+    return [str(to / word.replace("/", "-")) if word in outs else word for word in words[1:]]
+
+
+def test_a_later_round_of_online_dpo_learns_the_pairs_that_were_drawn_for_it(smoke, tmp_path, monkeypatch):
+    from rlhf_vs_dpo.language import forward, models
+    from rlhf_vs_dpo.language.logprobs import Policy
+    from rlhf_vs_dpo.preferences import labelling
+    from rlhf_vs_dpo.training import preference
+
+    drawn, learned, label, train = [], [], labelling.label, preference.train
+
+    def labels(*given):
+        pairs, summary = label(*given)
+        drawn.append(pairs)
+        return pairs, summary
+
+    def trains(policy, pairs, known, *rest):
+        learned.append((pairs, known))
+        return train(policy, pairs, known, *rest)
+
+    monkeypatch.setattr(labelling, "label", labels)
+    monkeypatch.setattr(preference, "train", trains)
+    assert by_hand(smoke, "preference", *again(smoke, "preference@dpo_online-0", tmp_path)) == 0
+    stored = tables.read_table(smoke / "data" / "pairs-0.parquet", "pairs")
+    assert len(learned) == len(drawn) + 1 > 1 and set(learned[0][0].names) <= set(stored["pair_id"])
+    reference = Policy(models.load_policy(smoke / "models" / "sft-0")[0], 1.0)
+    for table, (pairs, known) in zip(drawn, learned[1:], strict=True):
+        for side in ("chosen", "rejected"):
+            given = getattr(pairs, side)
+            assert [tokens.response for tokens in given] == [list(ids) for ids in table[f"{side}_ids"]]
+            assert known[f"{side}_logp"].tolist() == pytest.approx(forward.log_likelihoods(reference, given), abs=1e-4)
+
+
+def test_a_later_round_of_expert_iteration_learns_the_pool_that_was_drawn_for_it(smoke, tmp_path, monkeypatch):
+    from rlhf_vs_dpo.training import imitation, supervised
+
+    drawn, learned, draw, fit = [], [], imitation.draw_pool, supervised.likelihood
+
+    def draws(*given):
+        pool = draw(*given)
+        drawn.append(pool[0])
+        return pool
+
+    def fits(policy, examples, *rest):
+        learned.append(examples)
+        return fit(policy, examples, *rest)
+
+    monkeypatch.setattr(imitation, "draw_pool", draws)
+    monkeypatch.setattr(supervised, "likelihood", fits)
+    assert by_hand(smoke, "imitation", *again(smoke, "imitation@expert_iteration-0", tmp_path)) == 0
+    settings = config.section(config.read_params(smoke / "params.yaml"), "imitation", "expert_iteration")
+    assert len(learned) == len(drawn) + 1 == settings.rounds > 1
+    for pool, examples in zip(drawn, learned[1:], strict=True):
+        kept = imitation.best_of_each(pool, settings.n)
+        assert [tokens.response for tokens in examples.tokens] == [list(ids) for ids in kept["response_ids"]]
 
 
 def test_no_prompt_of_test_reached_training(smoke):
@@ -465,7 +526,7 @@ def test_what_the_environment_asks_for_moves_no_byte(smoke):
     """Other threads, other instruction sets, one visible core; and with RLHF_NATIVE, which lets them through, the bytes differ."""
 
     def weights(name: str, **env: str) -> bytes:
-        on_one_core = ["taskset", "-c", "0"] if shutil.which("taskset") else []
+        on_one_core = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if shutil.which("taskset") else []
         options = preference("dpo", "data/reference-0.parquet", f"by-hand/{name}")
         asked = ASKED | {"PYTHONPATH": "src", "MLFLOW_TRACKING_URI": f"sqlite:///{smoke}/by-hand.db"}
         run(smoke, *on_one_core, sys.executable, "stages/preference.py", *options, **asked, **env)

@@ -108,6 +108,10 @@ def test_bounds_name_what_breaks_them():
     share = config.RmFiltered(recipe="rm_filtered", share=0.25, **(passes | {"rounds": 1}))
     assert of_imitation("x", row, share, False, 16, 100)["x: kl"]["bound"] == pytest.approx(math.log(4))
     assert of_imitation("x", row, share, False, 5, 100)["x: kl"]["bound"] == pytest.approx(math.log(5))  # one of five
+    again = config.RmFiltered(recipe="rm_filtered", share=0.25, **(passes | {"rounds": 2}))
+    checked = of_imitation("x", row, again, False, 16, 10**6)
+    assert checked["x: kl"]["bound"] == pytest.approx(2 * math.log(4))
+    assert checked["x: win_rate_vs_sft"]["bound"] == pytest.approx(1 - 0.25**2 / 2)
     chosen = config.ChosenSft(recipe="chosen_sft", **(passes | {"rounds": 1}))
     assert of_imitation("x", row, chosen, False, 16, 100)["x: kl"]["bound"] == pytest.approx(kl_bound(2))
     assert of_imitation("x", row, chosen, True, 16, 100) == {}  # pairs of a data set are no samples of ref

@@ -13,6 +13,8 @@ def test_flops_by_hand():
     assert cost.flops({"parameters": 10, "tokens_trained": 7, "tokens_generated": 5, "tokens_read": 3}) == 10 * (
         42 + 16
     )
+    # Gradients of weights that do not learn are not computed: 2 of the 6 of each token that is trained on.
+    assert cost.flops({"parameters": 10, "frozen": 4, "tokens_trained": 7, "tokens_read": 3}) == 10 * (42 + 6) - 4 * 14
     assert cost.flops({"seconds": 3.0}) == 0.0
 
 

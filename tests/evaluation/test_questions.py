@@ -45,6 +45,13 @@ def test_the_spread_of_lines_is_estimated_as_it_was_made():
     assert found == pytest.approx(made, rel=0.12)
 
 
+def test_the_higher_one_is_named_whichever_stands_first():
+    estimates, resamples = experiment(np.random.default_rng(0), 8, {"a": 0.0, "b": 2.0})
+    for pair, answer in ((("a", "b"), "b"), (("b", "a"), "a")):
+        (entry,) = answered([pair], estimates, resamples)
+        assert entry["answer"] == answer and (entry["mean"] > 0) == (answer == "a")
+
+
 @pytest.mark.parametrize("lines", [1, 2])
 def test_one_line_or_two_answer_nothing(lines):
     estimates, resamples = experiment(np.random.default_rng(0), lines, {"a": 0.5, "b": 0.0})

@@ -122,10 +122,6 @@ def test_trpo_and_rloo_move_towards_it_in_a_transformer(transformer):
         assert experiments.reinforcement(transformer, settings, 0)[0]["kl"] < 0.5 * start, method
 
 
-def test_ptx_off_is_ppo(transformer):
-    assert identities.ptx_off(transformer, 16, 0)
-
-
 # ---- identities and bounds ----------------------------------------------------------------------------------------------------
 
 
@@ -186,13 +182,16 @@ def test_ipo_trains_to_its_closed_form():
     assert experiments.direct(problem, cdpo, pairs, 200, wanted, 0)[0]["total_variation"] < 1e-3
 
 
-def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
-    """TRPO's step on the table: conjugate gradient against the Fisher matrix written out and inverted."""
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular, share):
+    """TRPO's step on the table: conjugate gradient against the Fisher matrix, of a share of the episodes, written out and inverted."""
     from rlhf_vs_dpo.losses.trpo import kl_divergence
     from rlhf_vs_dpo.training import attempts, policy_gradient, rollouts
     from rlhf_vs_dpo.training.learner import Networks
 
-    settings = experiments.rl_settings("trpo", 4, 64, 0.5, 1.0).model_copy(update={"damping": 1e-3, "backtracks": 0})
+    settings = experiments.rl_settings("trpo", 4, 64, 0.5, 1.0).model_copy(
+        update={"damping": 1e-3, "backtracks": 0, "fisher_share": share}
+    )
     policy = tabular.start()
     learner = policy_gradient.new_learner(
         Networks(policy, tabular.reference, tabular.scorer), [], settings, tabular.max_new_tokens, 0
@@ -222,13 +221,14 @@ def test_a_dense_fisher_matrix_gives_the_trust_region_step(tabular):
     # Fisher: mean over states of the covariance of grad log pi, which for a softmax is diag(p) - p p' at its state
     fisher = torch.zeros(len(flat), len(flat))
     first = tabular.tokenizer.convert_tokens_to_ids("y0")
-    hidden = states(policy.model, batch.batch, batch.batch.response_mask.roll(-1, 1))
-    for state, logp in zip(hidden, old, strict=True):
+    few = attempts._micro(learner, episodes, places[: int(64 * share)], learner.memory.tokens)[0].batch
+    hidden, said = states(policy.model, few, few.response_mask.roll(-1, 1)), policy.distributions(few).detach()
+    for state, logp in zip(hidden, said, strict=True):
         row = int(state.argmax())
         if row < before.shape[0]:
             p = logp.exp()[first:]
             block = slice(row * 5, row * 5 + 5)
-            fisher[block, block] += (torch.diag(p) - torch.outer(p, p)) / len(old)
+            fisher[block, block] += (torch.diag(p) - torch.outer(p, p)) / len(said)
     direction = torch.linalg.solve(fisher + 1e-3 * torch.eye(len(flat)), g)
     curvature = direction @ (fisher + 1e-3 * torch.eye(len(flat))) @ direction
     expected = (2 * settings.max_kl / curvature).sqrt() * direction

@@ -227,6 +227,41 @@ def test_labelled_pairs_come_from_the_policy_and_follow_the_annotator(own_tokeni
     assert not drawn.table["response"].equals(other["response"])  # another round, other samples
 
 
+def test_labels_follow_length_and_filler_as_the_annotator_does():
+    """Utility by hand: gold + 0.5 tokens + 3 [filler]; at a temperature near 0 the higher one is chosen."""
+
+    class Wordy:
+        def score(self, prompt, facts, response):
+            return {"gold": 10.0 if "gold" in response else 0.0}
+
+        def has_filler(self, response):
+            return "well" in response
+
+    said = {
+        "a": ("gold", "no"),
+        "b": ("well", "one two three"),
+        "c": ("well x", "one two three four five six seven"),
+        "d": ("gold", "well " * 30),
+    }
+    rows = [
+        {
+            "prompt_id": name, "split": "train", "prompt": "q", "facts": None, "sample": number, "response": text,
+            "response_ids": [number], "tokens": len(text.split()), "finished": True,
+        }
+        for number in (0, 1)
+        for name, text in ((name, both[number]) for name, both in said.items())
+    ]  # fmt: skip
+    settings = Annotator(temperature=1e-3, length_bias=0.5, filler_bias=3.0)
+    pairs, summary = labelling.label(pd.DataFrame(rows), Wordy(), settings, 0)
+    chosen = dict(zip(pairs["prompt_id"], pairs["chosen"], strict=True))
+    # a: 10.5 against 0.5; b: 3.5 against 1.5; c: 4.0 against 3.5; d: 10.5 against 18.0
+    assert chosen == {"a": "gold", "b": "well", "c": "well x", "d": "well " * 30}
+    assert summary["annotator_agrees_with_gold"] == 0.5  # of a and d, which differ in gold
+    assert (
+        summary["filler"] == {"chosen": 0.75, "rejected": 0.0} and summary["tokens"]["chosen"] == (1 + 1 + 2 + 30) / 4
+    )
+
+
 def test_alone_a_process_generates_everything(own_tokenizer):
     asked = [[own_tokenizer.bos_token_id, 4 + i % 3] for i in range(9)]
     prompts = Prompts(asked, [f"{i}" for i in range(9)])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,12 @@ def token_logp(model, tokens: Tokens, temperature: float) -> list[float]:
         logp = (model(ids).logits[0].double() / temperature).log_softmax(-1)
     start = len(tokens.prompt)
     return [logp[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])]
+
+
+def token_entropies(model, tokens: Tokens, temperature: float) -> list[float]:
+    with torch.no_grad():
+        logp = (model(torch.tensor([[*tokens.prompt, *tokens.response]])).logits[0] / temperature).log_softmax(-1)
+    return (-(logp.exp() * logp).sum(-1)[len(tokens.prompt) - 1 : -1]).tolist()
 
 
 def values_before(value, tokens: Tokens) -> list[float]:
@@ -94,6 +101,13 @@ def test_a_rollout_against_brute_force(world, tokenizer):
     assert metrics["objective"] == pytest.approx(np.mean(everything), abs=1e-3)
     assert metrics["explained_variance"] == pytest.approx(1 - np.var(advantages) / np.var(returns), abs=1e-3)
     assert metrics["finished"] == pytest.approx(episodes.finished.float().mean().item())
+    assert metrics["score"] == pytest.approx(episodes.score.mean().item(), abs=1e-5)
+    lengths = [len(tokens.response) for tokens in episodes.tokens]
+    assert metrics["tokens"] == pytest.approx(np.mean(lengths)) and metrics["tokens_generated"] == sum(lengths)
+    # Policy, reference, reward model and value network each read prompt and response; before that each prompt is read to answer it.
+    assert metrics["tokens_read"] == 4 * sum(map(len, episodes.tokens)) + 3 * 2
+    entropies = [x for tokens in episodes.tokens for x in token_entropies(policy.model, tokens, 0.8)]
+    assert metrics["entropy"] == pytest.approx(np.mean(entropies), abs=1e-4)  # per token
 
 
 def optimiser(module, **changes):
@@ -136,19 +150,25 @@ def test_an_update_against_brute_force(world, tokenizer):
     value_loss = 0.5 * torch.maximum((new - g) ** 2, (clipped - g) ** 2).mean()
     outside = ((ratio - 1).abs() > 0.1).float().mean()
     measured = attempts.clipped_steps(taught, episodes)
+    assert taught.trained == 2 * sum(map(len, episodes.tokens))  # once for the policy, once for the value network
     assert 0.1 < outside < 0.9
     assert measured["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-4)
     assert measured["value_loss"] == pytest.approx(value_loss.item(), rel=1e-4)
     assert measured["clip_fraction"] == pytest.approx(outside.item(), abs=1e-5)
     assert measured["ratio_mean"] == pytest.approx(ratio.mean().item(), abs=1e-4)
+    assert measured["ratio_std"] == pytest.approx(ratio.std(correction=0).item(), abs=1e-3)
+    assert measured["kl_old_new"] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), abs=1e-4)
 
 
 def test_a_value_warm_up_leaves_the_policy_alone(tokenizer):
     rows = []
-    run_ppo(tokenizer, rl_settings(iterations=2, value_warmup=1), log=lambda m, s: rows.append(m))
+    settings = rl_settings(iterations=3, value_warmup=1, epochs=1, minibatches=1, schedule="linear", learning_rate=1e-5)
+    run_ppo(tokenizer, settings, log=lambda m, s: rows.append(m))
     assert "update/policy_loss" not in rows[0] and "update/value_loss" in rows[0]
     assert rows[1]["rollout/kl"] == pytest.approx(0.0, abs=1e-5)  # the second rollout is still of the reference
     assert "update/policy_loss" in rows[1]
+    # The policy's schedule begins when it does, and ends with the run.
+    assert [row["update/learning_rate"] for row in rows[1:]] == pytest.approx([1e-5, 0.5e-5])
 
 
 def gradients(module) -> torch.Tensor:
@@ -184,7 +204,11 @@ def test_ptx_adds_gamma_times_the_mean_token_gradient(tokenizer, examples):
 
 def test_the_schedule_and_the_clip_reach_the_optimiser(tokenizer, examples):
     policy = Policy(small_model(tokenizer), 1.0)
-    taught = optimiser(policy, schedule="linear", learning_rate=0.4, max_grad_norm=0.25)
+    taught = optimiser(
+        policy, schedule="linear", learning_rate=0.4, max_grad_norm=0.25, weight_decay=0.3, adam_epsilon=1e-4
+    )
+    (group,) = taught.adamw.param_groups
+    assert (group["weight_decay"], group["eps"]) == (0.3, 1e-4)
     seen = []
     taught.adamw.optimizer.register_step_pre_hook(
         lambda *_: seen.append((taught.adamw.param_groups[0]["lr"], gradients(policy).norm().item()))
@@ -364,6 +388,7 @@ def test_a_policy_gradient_step_against_brute_force(world, tokenizer, method, gr
     seen = []
     taught.actor.adamw.optimizer.register_step_pre_hook(lambda *_: seen.append(gradients(networks.policy)))
     measured = attempts.policy_gradient_step(taught, episodes)
+    assert taught.trained == sum(map(len, episodes.tokens)) and taught.read == 0
     reference_model = small_model(tokenizer, seed=5, scale=2.0)
     loss = 0.0
     for advantage, tokens in zip(wanted, episodes.tokens, strict=True):
@@ -374,6 +399,48 @@ def test_a_policy_gradient_step_against_brute_force(world, tokenizer, method, gr
     loss.backward()
     assert measured["policy_loss"] == pytest.approx(loss.item(), rel=1e-3)
     assert torch.allclose(seen[0], gradients(reference_model), atol=2e-3)
+
+
+def test_the_passes_of_trpo_are_counted(world, tokenizer):
+    """The gradient; a product for each step of the conjugate gradient and one more, on the episodes of the Fisher matrix; the value
+    network's steps. Only read: the old and the new policy, at each try of the line search."""
+    networks, value = world
+    settings = rl_settings("trpo", episodes=12, epochs=2).model_copy(
+        update={"cg_steps": 3, "fisher_share": 0.25, "minibatches": 1}
+    )
+    taught = learner(networks, value, settings)
+    episodes, metrics = raw_roll(taught, tokenizer)
+    assert metrics["tokens_read"] == 4 * sum(map(len, episodes.tokens)) + 3 * 2
+    episodes, _ = rollouts.generalised_advantages(taught, episodes)
+    measured = attempts.trust_region_step(taught, episodes)
+    whole, few = (sum(map(len, episodes.tokens[:count])) for count in (12, 3))
+    assert taught.trained == whole + (3 + 1) * few + 2 * whole
+    assert taught.read == 2 * whole * (measured["backtracks"] + 1)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_answers_of_a_group_are_to_one_prompt(tokenizer, together, monkeypatch):
+    """RLOO's baseline is of the other answers to the same prompt; and every prompt is asked as often as any other."""
+    from rlhf_vs_dpo.training import policy_gradient
+
+    asked, rollout = [], policy_gradient.rollout
+
+    def spied(learner, prompts, places, *rest):
+        assert places == list(range(16))
+        asked.append(prompts.names)
+        return rollout(learner, prompts, places, *rest)
+
+    monkeypatch.setattr(policy_gradient, "rollout", spied)
+    model = small_model(tokenizer, scale=2.0)
+    networks = Networks(Policy(model, 1.0), Policy(copy.deepcopy(model), 1.0), scorer(tokenizer))
+    prompts = Prompts([[tokenizer.bos_token_id, 4 + i] for i in range(6)], [f"p{i}" for i in range(6)])
+    settings = rl_settings("rloo", iterations=3, episodes=16).model_copy(update={"samples_per_prompt": together})
+    policy_gradient.train(networks, prompts, [], settings, 2, 0, Record(lambda m, s: None, "x"))
+    groups = [names[i : i + together] for names in asked for i in range(0, 16, together)]
+    assert len(asked) == 3 and all(len(set(group)) == 1 for group in groups)
+    counts = [sum(group[0] == f"p{i}" for group in groups) for i in range(6)]
+    assert sum(counts) == 48 // together and max(counts) - min(counts) <= 1
+    assert any(one[0] != other[0] for one, other in pairwise(groups))
 
 
 def test_the_kl_of_a_rollout_has_its_noise(world, tokenizer):
@@ -394,23 +461,34 @@ def test_scores_out_of_the_range_of_training_are_counted(world, tokenizer):
     assert metrics["score_out_of_range"] == pytest.approx(1 / 12)
 
 
-def test_trpo_in_a_transformer_keeps_its_promise(tokenizer):
-    """KL of every accepted step, recomputed over whole distributions from the weights before and after."""
-    rows, kept = [], []
+def test_trpo_in_a_transformer_keeps_its_promise(tokenizer, monkeypatch):
+    """KL of every step, computed anew over whole distributions of the policy before and after it."""
+    rows, kls = [], []
     model = small_model(tokenizer, scale=2.0)
+    trpo = attempts.ATTEMPTS["trpo"]
 
-    def log(metrics, step):
-        rows.append(metrics)
-        kept.append(copy.deepcopy(model.state_dict()))
+    def distributions(tokens: Tokens) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*tokens.prompt, *tokens.response]])).logits[0].double()
+        return logits.log_softmax(-1)[len(tokens.prompt) - 1 : -1]
 
+    def improve(learner, episodes):
+        before = [distributions(tokens) for tokens in episodes.tokens]
+        metrics = trpo.improve(learner, episodes)
+        after = [distributions(tokens) for tokens in episodes.tokens]
+        kls.append(torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(before, after, strict=True)]).mean().item())
+        return metrics
+
+    monkeypatch.setitem(attempts.ATTEMPTS, "trpo", trpo._replace(improve=improve))
+    monkeypatch.setenv("RLHF_NATIVE", "1")  # else the next is not heard
+    monkeypatch.setenv("RLHF_MICRO_TOKENS", "20")  # several micro-batches, all of which count
     settings = rl_settings("trpo").model_copy(update={"iterations": 3, "episodes": 16, "max_kl": 0.005})
-    start = copy.deepcopy(model.state_dict())
-    run_ppo(tokenizer, settings, log=log, max_new_tokens=5, model=model)
-    assert all(row["update/kl_old_new"] <= row["update/kl_bound"] for row in rows)
+    run_ppo(tokenizer, settings, log=lambda metrics, step: rows.append(metrics), max_new_tokens=5, model=model)
+    assert [row["update/kl_old_new"] for row in rows] == pytest.approx(kls, rel=1e-3, abs=1e-7)
+    assert all(kl <= row["update/kl_bound"] for row, kl in zip(rows, kls, strict=True))
     assert [row["update/kl_bound"] for row in rows] == pytest.approx([0.005, 0.005 * 2 / 3, 0.005 / 3])
     accepted = [row for row in rows if not row["update/rejected"]]
     assert accepted and all(row["update/surrogate_gain"] >= 0 and row["update/kl_old_new"] > 0 for row in accepted)
-    assert not all(torch.equal(start[k], kept[0][k]) for k in start)
 
 
 def test_step_0_knows_each_loss(tokenizer, examples, monkeypatch):
@@ -503,10 +581,9 @@ def test_the_kl_coefficient_waits_for_the_policy(tokenizer, monkeypatch):
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("budget", [20, 100_000])
-def test_micro_batches_do_not_change_a_natural_gradient_step(tokenizer, budget, monkeypatch):
+def test_micro_batches_do_not_change_a_natural_gradient_step(tokenizer, monkeypatch):
     found = []
-    for tokens in (100_000, budget):
+    for tokens in (100_000, 20):
         monkeypatch.setattr(Policy, "budget", tokens)
         model = small_model(tokenizer, scale=2.0)
         settings = rl_settings("trpo").model_copy(update={"iterations": 1, "episodes": 16, "fisher_share": 1.0})

@@ -83,7 +83,7 @@ def losses(loop: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 def on_processes(count: int, *words: str) -> None:
     """Run this file on so many processes."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone", __file__, *words],
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone", "--local-addr=127.0.0.1", __file__, *words],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
