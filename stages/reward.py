@@ -73,7 +73,7 @@ def main(
         judge = gold.load(world)
         for side in ("chosen", "rejected"):
             scored[f"{side}_gold"] = gold.columns(judge, held["prompt"], facts, held[side])["gold"]
-        report = training.quality(scored) | {
+        report = training.quality(scored, scorer.model.config.reward_scale) | {
             "reward_shift": scorer.model.config.reward_shift,
             "reward_scale": scorer.model.config.reward_scale,
             "demonstration_std": float(normalising.std()),

@@ -92,6 +92,17 @@ def test_documents_can_be_cut_below_the_context(tokenizer):
     assert documents(tokenizer, series("a cat"), 64, most=None) == documents(tokenizer, series("a cat"), 64)
 
 
+def test_what_no_policy_says_is_left_out_of_documents(tokenizer):
+    """A chat template writes BOS into the text: a second one, which has probability 0, would make perplexity infinite."""
+    plain, rendered, cut = documents(
+        tokenizer, series("the cat sat", "<bos> the cat <pad> sat", "<bos> <bos> the cat sat on the mat ."), 6
+    )
+    assert plain == rendered and tokenizer.bos_token_id not in cut.response
+    assert len(cut) == 6  # cut after they are left out
+    (turns,) = documents(tokenizer, series("the cat <eos> sat"), 64)
+    assert turns.response.count(tokenizer.eos_token_id) == 2  # an end of turn is said
+
+
 def test_sampled_pairs_are_trained_on_as_they_were_sampled():
     """Under BPE a text has several spellings; the one that was sampled is kept, whatever the tokenizer would make of its text."""
     bpe = bpe_tokenizer(["the cat sat"] * 20, 300)

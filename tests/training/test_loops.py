@@ -338,6 +338,17 @@ def test_calibration_by_hand():
     assert quality["calibration"]["0.50"]["observed"] == 0.0 and "accuracy_against_gold" not in quality
 
 
+def test_calibration_is_of_the_head_whatever_its_scale():
+    """sigmoid(head - head') is what Bradley-Terry trained, not the sigmoid of rewards brought to unit spread."""
+    head = pd.DataFrame({"chosen_reward": [3.0, 0.0, 0.5], "rejected_reward": [0.0, 3.0, 0.1]})
+    head = head.assign(chosen_tokens=[5, 7, 8], rejected_tokens=[6, 4, 9], chosen_gold=np.nan, rejected_gold=np.nan)
+    scaled = head.assign(chosen_reward=head["chosen_reward"] / 4, rejected_reward=head["rejected_reward"] / 4)
+    raw, found = reward_training.quality(head), reward_training.quality(scaled, 4.0)
+    for key in ("calibration", "calibration_error", "log_loss", "accuracy"):
+        assert found[key] == raw[key]
+    assert found["mean_by_length"] != raw["mean_by_length"]  # that is of the rewards
+
+
 def test_the_reference_is_a_constant(tokenizer):
     """Training moves the policy alone: reference and reward model come out bit for bit as they went in."""
     model = small_model(tokenizer, scale=2.0)

@@ -133,7 +133,8 @@ def test_a_plan_of_other_micro_batches():
 def test_what_samples_too_much_at_once_is_refused_for_that(monkeypatch):
     monkeypatch.setattr(plan, "_room", lambda device, planned: 10_000)
     with pytest.raises(
-        OutOfMemory, match=r"ppo needs .* to sample, and .* lower `rl.defaults.episodes` and `monitor.prompts`, "
+        OutOfMemory,
+        match=r"ppo needs .* to sample, and .* lower `monitor.prompts` and, of a method of `rl`, `rl.defaults.episodes`, ",
     ):
         plan.check(made_up(cache=9_000), 500, SimpleNamespace(device=torch.device("cpu"), is_main_process=True), "ppo")
 
@@ -167,17 +168,83 @@ def test_memory_of_a_run_of_ppo(tokenizer):
     )
     learner = policy_gradient.new_learner(Networks(policy, reference, reward), [], rl_settings("ppo", episodes=8), 6, 0)
     bytes_of = lambda network: sum(p.nbytes for p in network.parameters())  # noqa: E731
-    whole = policy_gradient.planned(learner, [[1, 5, 6, 7], [1, 5]], 0)
-    ptx = policy_gradient.new_learner(Networks(policy, reference, reward), [], rl_settings("ppo_ptx", episodes=8), 6, 0)
-    kept = policy_gradient.planned(ptx, [[1, 5, 6, 7], [1, 5]], 0)
-    assert kept.activations == whole.activations + bytes_of(policy)  # PPO's gradients, beside those of documents
-    for watched, asked in ((0, 8), (100, 100), (1000, 256)):
-        found = policy_gradient.planned(learner, [[1, 5, 6, 7], [1, 5]], watched)
+    for watch, row, asked in (
+        (None, 10, 8),
+        (SimpleNamespace(asked=100, longest=10), 10, 100),
+        (SimpleNamespace(asked=1000, longest=30), 30, 256),
+        (SimpleNamespace(asked=0, longest=0), 10, 8),
+    ):
+        found = policy_gradient.planned(learner, [[1, 5, 6, 7], [1, 5]], watch)
         assert found.weights == found.held == 2 * bytes_of(policy) + 2 * bytes_of(reward)
         assert found.gradients == bytes_of(policy) + bytes_of(reward) and found.longest == 10 and found.batch == 80
-        assert found.cache == asked * bytes_of_row(policy.model, 10)
+        assert found.cache == asked * bytes_of_row(policy.model, row)
     cache = 2 * 32 * 10 * 4  # keys and values of ten tokens in one layer, float32
     assert bytes_of_row(policy.model, 10) == cache + 32 * len(tokenizer)
+
+
+@pytest.mark.parametrize("words", [3, 40])
+def test_documents_of_ppo_ptx_are_counted(words, tokenizer):
+    """PPO's gradients are kept beside what documents leave behind, which may be longer than episodes, or shorter."""
+    from test_training import rl_settings, scorer
+
+    from rlhf_vs_dpo.training import attempts, policy_gradient
+    from rlhf_vs_dpo.training.learner import Networks
+
+    policy, corpus = network(tokenizer, "llama"), [Tokens([1], [*[5 + i] * words, 2]) for i in range(8)]
+    networks, settings = Networks(policy, policy, scorer(tokenizer)), {"episodes": 8, "ptx_batch": 8}
+    prompts = [[1, 5, 6, 7], [1, 5]]
+    ppo, learner = (
+        policy_gradient.new_learner(networks, corpus, rl_settings(method, **settings), 12, 0)
+        for method in ("ppo", "ppo_ptx")
+    )
+    alone, planned = (policy_gradient.planned(one, prompts) for one in (ppo, learner))
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    found = at_most(lambda: attempts.accumulate_ptx(learner, list(range(8)), learner.memory.tokens))
+    assert planned.activations == pytest.approx(max(found, alone.activations), rel=0.2)
+    assert (planned.longest == words + 2) == (found > alone.activations) == (words == 40)
+
+
+def test_what_is_sampled_while_a_policy_learns_from_pairs_is_counted(tokenizer, monkeypatch):
+    """Of the DPO family, SFT and imitation: what is watched is sampled between steps."""
+    from rlhf_vs_dpo.language.generation import bytes_to_sample
+
+    policy, seen = Policy(small_model(tokenizer), 1.0), []
+    monkeypatch.setattr(plan, "check", lambda planned, tokens, *_: seen.append(planned) or tokens)
+    watch = SimpleNamespace(asked=40, longest=60, watch=lambda *_: None)
+    for heldout in (None, watch):
+        record = Record(lambda *_: None, "sft", heldout)
+        supervised.likelihood(policy, Examples(TEXTS, list("abcdefgh")), ONCE, 0, record)
+    assert [planned.cache for planned in seen] == [0, bytes_to_sample(policy.model, 40, 60)]
+    assert seen[1].cache > 40 * 60 * 2 * 32 * 4  # keys and values in one layer of width 32, float32
+
+
+@pytest.mark.parametrize("method", ["ppo", "trpo"])
+def test_the_value_network_computes_again_where_the_policy_does(method, tokenizer):
+    """`memory.gradient_checkpointing` is of all that learns: the same gradients, fewer bytes."""
+    from test_training import rl_settings, scorer
+
+    from rlhf_vs_dpo.language.text import collate
+    from rlhf_vs_dpo.training import policy_gradient
+    from rlhf_vs_dpo.training.learner import Networks
+    from rlhf_vs_dpo.training.rollouts import state_values
+
+    kept, slopes = [], []
+    for again in (False, True):
+        policy = network(tokenizer, "llama")
+        models.to_learn(policy.model, None, Memory(gradient_checkpointing=again, sharding=False))
+        reward = scorer(tokenizer, layers=4)
+        networks = Networks(policy, policy, reward)
+        value = policy_gradient.new_learner(networks, [], rl_settings(method), 44, 0).critic.network
+        assert not models.recomputing(reward)
+        forward = lambda value=value: state_values(value, collate(TEXTS, value.pad)).square().sum()  # noqa: E731
+        kept.append(plan.kept(forward, torch.device("cpu"), {p.data_ptr() for p in value.parameters()}))
+        slopes.append(
+            torch.autograd.grad(forward(), [p for p in value.parameters() if p.requires_grad], allow_unused=True)
+        )
+    assert kept[1] < 0.5 * kept[0]
+    for plain, recomputed in zip(*slopes, strict=True):
+        assert (plain is None) == (recomputed is None) and (plain is None or torch.equal(plain, recomputed))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -197,7 +264,7 @@ def test_memory_of_a_step_of_trpo(kind, adapted, share, tokenizer):
     )
     settings = rl_settings("trpo").model_copy(update={"episodes": 32, "fisher_share": share, "cg_steps": 2})
     learner = policy_gradient.new_learner(Networks(policy, policy, scorer(tokenizer)), [], settings, 44, 0)
-    planned = policy_gradient.planned(learner, [text.prompt for text in TEXTS[:2]], 0)
+    planned = policy_gradient.planned(learner, [text.prompt for text in TEXTS[:2]])
     empty, ones = torch.zeros(0), torch.ones(32 * 44)
     episodes = Episodes(
         TEXTS * 4, [str(i) for i in range(32)], list(range(32)), torch.arange(33) * 44, ones, ones, ones, empty, empty, ones, ones.cumsum(0), ones

@@ -45,14 +45,14 @@ def silent(metrics, step):
     pass
 
 
-def scorer(tokenizer, seed=1) -> Scorer:
+def scorer(tokenizer, seed=1, layers=1) -> Scorer:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(seed)
     shape = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_labels": 1,
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.errors import ModelError
 from rlhf_vs_dpo.language.continuation import cache_of, continuation
 from rlhf_vs_dpo.language.logprobs import Policy, suppress
-from rlhf_vs_dpo.language.models import autocast, sampler
+from rlhf_vs_dpo.language.models import autocast, sampler, size_of_sampler
 from rlhf_vs_dpo.language.text import Prompts, Tokens, check_context
 from rlhf_vs_dpo.run.progress import bar
 
@@ -60,6 +60,14 @@ def rows_together(model: nn.Module, length: int, most: int | None = None) -> int
         return most or ROWS
     fitting = torch.cuda.get_device_properties(device).total_memory // (8 * bytes_of_row(model, length))
     return min(most or 2048, max(16, 2 ** (int(fitting).bit_length() - 1)))
+
+
+def bytes_to_sample(model: nn.Module, responses: int, length: int) -> int:
+    """Bytes that sampling `responses`, each of `length` tokens with its prompt, takes at its worst: the rows that are generated together,
+    and the sampler's copy of the model."""
+    if not responses:
+        return 0
+    return min(rows_together(model, length), responses) * bytes_of_row(model, length) + size_of_sampler(model)
 
 
 def generate(

@@ -95,10 +95,9 @@ class Policy(Network):
         with torch.no_grad():
             return logp, -(log_distribution.exp() * log_distribution).sum(-1)
 
-    def distributions(self, batch: Batch, temperature: float | None = None) -> Tensor:
+    def distributions(self, batch: Batch) -> Tensor:
         """Log-probabilities of every token at the states before the N response tokens, in their order, (N, V) float32."""
-        hidden = states(self.model, batch, before(batch.response_mask))
-        return self._log_distribution(hidden, temperature or self.temperature)
+        return self._log_distribution(states(self.model, batch, before(batch.response_mask)), self.temperature)
 
     def _log_distribution(self, hidden: Tensor, temperature: float) -> Tensor:
         logits = suppress(self.project(hidden), self.model)

@@ -90,6 +90,11 @@ def recompute(model: nn.Module) -> nn.Module:
     return model
 
 
+def recomputing(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that `recompute` was asked for."""
+    return [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+
+
 def light(model: nn.Module) -> nn.Module:
     """On a GPU, hold matrices that do not learn in bf16, the form in which `autocast` reads them: the same numbers, half the memory."""
     return in_bf16(model) if in_half(device()) else model

@@ -195,13 +195,15 @@ def documents(tokenizer, texts: pd.Series, context: int, most: int | None = None
     """A corpus for language modelling: BOS alone is the prompt, so that every token of the text is predicted.
 
     Documents longer than the context, or than `most` tokens, are cut there: a corpus is running text, and its head is as good as its tail.
+    A BOS or PAD that a text spells (chat templates write a BOS) is left out: no policy ever says one, so that it has probability 0.
     """
     context = min(context, most or context)
-    head = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     if not len(texts):
         return []
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [Tokens(head, [*row, tokenizer.eos_token_id][: context - 1]) for row in ids]
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    head, unsaid = [eos if bos is None else bos], {bos, pad} - {eos}
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [Tokens(head, [*(i for i in ids if i not in unsaid), eos][: context - 1]) for ids in encoded]
 
 
 def check_context(lengths: Sequence[int], names: Sequence[str], context: int, what: str) -> None:

@@ -12,9 +12,14 @@ Log = Callable[[dict[str, float], int], None]
 
 
 class Watch(Protocol):
-    """Measures a policy at some of its steps (training/monitor.py), by sampling from it for `asked` prompts."""
+    """Measures a policy at some of its steps (training/monitor.py).
+
+    asked    prompts that it is sampled for; 0 where it is measured without samples
+    longest  tokens of a response at the most, with its prompt
+    """
 
     asked: int
+    longest: int
 
     def watch(self, policy: Any, step: int, log: Log) -> None: ...
 
@@ -34,11 +39,6 @@ class Record(NamedTuple):
     heldout: Watch | None = None
     checkpoint: Checkpoint = NOT_KEPT
     taken: int = 0
-
-    @property
-    def asked(self) -> int:
-        """How many prompts are answered at once to measure the policy."""
-        return 0 if self.heldout is None else self.heldout.asked
 
     def add(self, metrics: dict[str, float], step: int) -> None:
         """Log the metrics of a step of this run."""

@@ -198,10 +198,8 @@ def chat_renderer(template: str | None, tokenizer) -> Render:
     asked = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]
     try:
         end = compiled.render(messages=asked, add_generation_prompt=False, **special).rpartition("answered")[2].strip()
-    except (
-        jinja2.TemplateError,
-        TypeError,
-    ):  # a template that wants more than that, and may render the data all the same
+    except (jinja2.TemplateError, TypeError):
+        # A template that wants more than that, and may render the data all the same.
         end = special["eos_token"]
 
     def render(messages: Sequence[dict[str, str]], opening: bool) -> str:

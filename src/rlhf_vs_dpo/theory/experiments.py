@@ -41,7 +41,7 @@ PASSES = OPTIMISER | {"epochs": 1.0, "rounds": 1, "warmup": 0.0, "weight_decay":
 class Watch:
     """In the place of `HeldOut`: the exact distance of the policy to an optimum, at some steps of its training."""
 
-    asked = 0  # prompts: it samples none
+    asked = longest = 0  # it samples nothing
 
     def __init__(self, problem: Problem, optimum: np.ndarray, steps: int, suffix: tuple[int, ...] = ()):
         self.problem, self.optimum, self.suffix = problem, optimum, suffix

@@ -37,6 +37,7 @@ class HeldOut:
         self.prompts = prompts.head(settings.prompts).reset_index(drop=True)
         self.plain = encode_prompts(tokenizer, list(self.prompts["prompt"]))
         self.asked = len(self.prompts)
+        self.longest = max(map(len, self.plain), default=0) + max_new_tokens
         self.gold, self.reference, self.tokenizer = gold, reference, tokenizer
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.points = {round(p * steps / max(settings.points - 1, 1)) for p in range(settings.points)} | {steps}

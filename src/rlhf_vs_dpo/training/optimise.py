@@ -39,7 +39,7 @@ def scheduled(kind: str, step: int, steps: int, warmup: float) -> float:
 
 
 def round_seed(seed: int, number: int) -> int:
-    """Seed of what is sampled in a later round: another for each cell and each round, and no other stage's."""
+    """Seed of what is sampled in a later round: another for each line (`seed`) and each round, and no other stage's."""
     return int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0])
 
 
@@ -65,8 +65,8 @@ class Memory:
             if self.halved or self.accelerate.num_processes > 1:
                 raise OutOfMemory(
                     f"{_first_line(error)}\nA micro-batch of {self.tokens:,} tokens does not fit on this device: set the environment "
-                    f"variable RLHF_MICRO_TOKENS to {self.tokens // 2}, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens` in "
-                    "params.yaml"
+                    f"variable RLHF_MICRO_TOKENS to {self.tokens // 2}, or lower `sampling.max_new_tokens`, `data.max_prompt_tokens` or "
+                    "`data.max_document_tokens` in params.yaml"
                 ) from None
         self.halved, self.tokens = True, self.tokens // 2
         optimiser.adamw.zero_grad(set_to_none=True)

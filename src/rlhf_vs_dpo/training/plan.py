@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.errors import OutOfMemory
 from rlhf_vs_dpo.language import sharding
 from rlhf_vs_dpo.language.logprobs import AT_ONCE
-from rlhf_vs_dpo.language.models import autocast
+from rlhf_vs_dpo.language.models import autocast, recomputing
 
 LAYER = 1.4  # what a layer holds that computes its activations again: they, and gradients of some of them
 FILLED = (
@@ -113,7 +113,7 @@ def plan(
     tokens      padded tokens of a micro-batch
     rows        examples that a process has of a batch
     held        the other networks on the device, which may share weights with those that learn
-    cache       bytes that are held while responses are sampled
+    cache       bytes that are held while responses are sampled, at other times than activations
     processes   that share the work: DistributedDataParallel holds every gradient twice; of what is held in parts, this one's is counted
     """
     parts = [sharding.local(p) for network in (*learning, *held) for p in network.parameters()]
@@ -148,7 +148,7 @@ def _at_worst(network: nn.Module, loss: Callable[[int], Tensor], weights: Collec
     Where layers compute theirs again, that of one layer are there besides what is kept, and their gradients.
     """
     device = next(network.parameters()).device
-    again = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
+    again = recomputing(network)
     network.again = True  # the head of a Policy then keeps nothing
     sizes = [kept(partial(loss, count), device, weights) for count in (1, 2)]
     if again:
@@ -193,10 +193,10 @@ def check(planned: Plan, tokens: int, accelerate: Accelerator, what: str, most: 
         if planned.curvature > max(planned.smallest, planned.cache):
             doing, first = "for its products with the Fisher matrix", f"lower `rl.{what}.fisher_share`"
         elif planned.cache > planned.smallest:
-            doing, first = "to sample", "lower `rl.defaults.episodes` and `monitor.prompts`"
+            doing, first = "to sample", "lower `monitor.prompts` and, of a method of `rl`, `rl.defaults.episodes`"
         raise OutOfMemory(
             f"{what} needs {readable(least)} {doing}, and this device has {readable(room)} ({planned}). In params.yaml, "
-            f"{first}, train an `adapter`, or lower `sampling.max_new_tokens` or `data.max_prompt_tokens`; "
+            f"{first}, train an `adapter`, or lower `sampling.max_new_tokens`, `data.max_prompt_tokens` or `data.max_document_tokens`; "
             "or take a smaller model, or a device with more memory"
         )
     if accelerate.device.type == "cuda":

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from rlhf_vs_dpo.config import Rl, Training
 from rlhf_vs_dpo.errors import TrainingError
 from rlhf_vs_dpo.language import adapters, sharding
-from rlhf_vs_dpo.language.generation import bytes_of_row, rows_together
+from rlhf_vs_dpo.language.generation import bytes_to_sample
 from rlhf_vs_dpo.language.heads import Scorer
 from rlhf_vs_dpo.language.logprobs import AT_ONCE
-from rlhf_vs_dpo.language.models import autocast, freeze, in_full, size_of_sampler
+from rlhf_vs_dpo.language.models import autocast, freeze, in_full, recompute, recomputing
 from rlhf_vs_dpo.language.states import last
 from rlhf_vs_dpo.language.text import Batch, Prompts, Tokens, check_context, collate
 from rlhf_vs_dpo.losses.ppo import next_kl_coefficient
 from rlhf_vs_dpo.run.checkpoint import Values
-from rlhf_vs_dpo.run.progress import Record, bar
+from rlhf_vs_dpo.run.progress import Record, Watch, bar
 from rlhf_vs_dpo.training import plan
 from rlhf_vs_dpo.training.attempts import ATTEMPTS, check_policy, slope_of_kl
 from rlhf_vs_dpo.training.invariants import hold, tolerance
@@ -76,16 +76,13 @@ def train(
         )
     freeze(networks.reward)
     freeze(networks.reference)
-    longest, watched = (
-        [*map(list, sorted({*map(tuple, prompts.ids)}, key=lambda ids: (len(ids), ids))[:-3:-1])],
-        record.asked,
-    )
+    longest = sorted({*map(tuple, prompts.ids)}, key=lambda ids: (len(ids), ids))[:-3:-1]
     most = plan.MOST
     if settings.algorithm == "trpo":  # it compares whole distributions of two policies
         most = max(1, AT_ONCE // networks.policy.vocabulary)
         learner.memory.tokens = min(learner.memory.tokens, most)
     learner.memory.tokens = plan.check(
-        planned(learner, longest, watched), learner.memory.tokens, accelerate, record.what, most
+        planned(learner, [*map(list, longest)], record.heldout), learner.memory.tokens, accelerate, record.what, most
     )
     rng = np.random.default_rng(seed)  # the same on every process
     distinct = settings.episodes // settings.samples_per_prompt
@@ -163,7 +160,10 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
         networks.reward.model.shard = getattr(
             networks.policy.model, "shard", False
         )  # the value network is a copy of it
-        critic = Optimiser(accelerate, value_network(networks.reward), training(settings.value_learning_rate, steps))
+        value = value_network(networks.reward)
+        if recomputing(networks.policy.model):
+            recompute(value.model)
+        critic = Optimiser(accelerate, value, training(settings.value_learning_rate, steps))
     return Learner(
         networks, accelerate, settings, max_new_tokens, actor, critic, corpus, Memory(networks.policy.budget, accelerate),
         minibatch_rng=np.random.default_rng([seed, 2]),
@@ -171,10 +171,10 @@ def new_learner(networks: Networks, corpus: Sequence[Tokens], settings: Rl, max_
     )  # fmt: skip
 
 
-def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Plan:
+def planned(learner: Learner, longest: list[list[int]], watch: Watch | None = None) -> plan.Plan:
     """Memory of a run of which these are the longest prompts: the policy and the value network learn in turn, the others are read.
 
-    `watched` prompts are answered besides the episodes, by each process.
+    Each process samples its episodes, and at another time all that `watch` asks for.
     """
     policy, reference, reward = learner.networks
     trpo = learner.settings.algorithm == "trpo"
@@ -192,15 +192,14 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
         learning[value] = lambda count: state_values(value, batch(count)).sum()
     length, processes = len(whole[0]), learner.accelerate.num_processes
     episodes = -(-learner.settings.episodes // processes)
-    asked = min(rows_together(policy.model, length), max(episodes, watched))
-    cache = asked * bytes_of_row(policy.model, length) + size_of_sampler(policy.model)
+    cache = bytes_to_sample(policy.model, episodes, length)
+    if watch is not None:
+        cache = max(cache, bytes_to_sample(policy.model, watch.asked, watch.longest))
     found = plan.plan(learning, length, learner.memory.tokens, episodes, (reference, reward), cache, processes)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     learned = sum(sharding.local(p).nbytes for p in parameters)
-    if (
-        getattr(learner.settings, "ptx_coefficient", 0.0) > 0
-    ):  # PPO's gradients are kept while those of documents are made
-        return found._replace(activations=found.activations + learned, smallest=found.smallest + learned)
+    if getattr(learner.settings, "ptx_coefficient", 0.0) > 0:
+        return max(found, _of_documents(learner, found, learned), key=lambda each: each.activations)
     if not trpo:
         return found
     weights = {p.data_ptr() for p in policy.parameters()}
@@ -211,6 +210,26 @@ def planned(learner: Learner, longest: list[list[int]], watched: int) -> plan.Pl
     )
     curvature = round(PRODUCT * (one + (few - 1) * (two - one))) + VECTORS * learned
     return found._replace(weights=found.weights + learned, curvature=curvature)  # the old policy is held, too
+
+
+def _of_documents(learner: Learner, found: plan.Plan, learned: int) -> plan.Plan:
+    """The plan `found` with activations of the documents of PPO-ptx in the place of those of episodes.
+
+    PPO's gradients, of `learned` bytes, are kept while those of documents are made.
+    """
+    policy, accelerate = learner.networks.policy, learner.accelerate
+    whole = sorted(learner.corpus, key=len)[:-3:-1]
+
+    def likelihood(count: int) -> Tensor:
+        batch = collate((whole * 2)[:count], learner.pad).to(accelerate.device)
+        return policy(batch, temperature=1.0).sums().sum()
+
+    rows = -(-learner.settings.ptx_batch // accelerate.num_processes)
+    documents = plan.plan({policy: likelihood}, len(whole[0]), learner.memory.tokens, rows)
+    return found._replace(
+        activations=documents.activations + learned, smallest=documents.smallest + learned,
+        longest=documents.longest, tokens=documents.tokens, batch=documents.batch,
+    )  # fmt: skip
 
 
 def value_network(reward: Scorer) -> Scorer:

@@ -28,14 +28,15 @@ def train(scorer: Scorer, pairs: Pairs, settings: Training, seed: int, record: R
     return fit(scorer, settings, work_of_pairs(pairs), loss, seed, record)
 
 
-def quality(pairs: pd.DataFrame) -> dict:
+def quality(pairs: pd.DataFrame, scale: float = 1.0) -> dict:
     """Accuracy against the annotator and against gold, calibration, and mean reward by length.
 
-    `pairs` has `{chosen,rejected}_{reward,tokens,gold}`; gold may be null. Calibration: predicted probability
-    sigmoid(|margin|) of the response that scores higher, against how often the annotator chose it, in ten bins;
-    `calibration_error` is their mean absolute difference weighted by bin size (expected calibration error).
+    `pairs` has `{chosen,rejected}_{reward,tokens,gold}`; gold may be null. Rewards are those of the head over `scale` (`reward_scale`);
+    of margins of the head the Bradley-Terry probability is the sigmoid. Calibration: that probability of the response that scores
+    higher, against how often the annotator chose it, in ten bins; `calibration_error` is their mean absolute difference weighted by
+    bin size (expected calibration error).
     """
-    margin = (pairs["chosen_reward"] - pairs["rejected_reward"]).to_numpy()
+    margin = scale * (pairs["chosen_reward"] - pairs["rejected_reward"]).to_numpy()
     right = (margin > 0) + 0.5 * (margin == 0)
     predicted = 1 / (1 + np.exp(-np.abs(margin)))
     bins = np.minimum(((predicted - 0.5) * 20).astype(int), 9)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_vs_dpo.config import Passes, Training
 from rlhf_vs_dpo.language import sharding
+from rlhf_vs_dpo.language.generation import bytes_to_sample
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.models import Network
 from rlhf_vs_dpo.language.text import Examples, Pairs, batches, collate
@@ -70,8 +71,10 @@ def fit(
     if settings.steps:
         longest = np.argsort(work.lengths, kind="stable")[::-1].tolist()
         learning = {network: lambda count: loss(network, longest[:count])[0]}
+        watch = record.heldout
         planned = memory_plan.plan(
             learning, work.lengths[longest[0]], memory.tokens, -(-settings.batch // accelerate.num_processes),
+            cache=0 if watch is None else bytes_to_sample(network.model, watch.asked, watch.longest),
             processes=accelerate.num_processes,
         )  # fmt: skip
         memory.tokens = memory_plan.check(planned, memory.tokens, accelerate, record.what)
