@@ -19,13 +19,14 @@ def main(
         from rlhf_vs_dpo import config, tables
         from rlhf_vs_dpo.run import atomic
 
+        params = config.read_params()
+        config.check_study(params)
         with atomic.folder(out) as folder:
             for table, path in (("prompts", prompts), ("demonstrations", demonstrations)):
                 rows = tables.read_table(path, table)
                 tables.write_table(
                     rows[rows["split"] != "test"].reset_index(drop=True), table, folder / f"{table}.parquet"
                 )
-        params = config.read_params()
         with atomic.folder(untuned) as folder:
             for method, space in params["tuning"]["spaces"].items():
                 family = config.family_of(params, method)

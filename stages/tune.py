@@ -28,7 +28,10 @@ def main(
         "imitation": model | pairs | pool,
     }
     inputs = list((everybody | model | pairs | pool | reference | of_family["rl"]).values())
-    with frame.stage(f"tune@{method}", inputs, study=method) as run:
+    untuned = (
+        line / "untuned" / f"{method}.json"
+    )  # what is not searched: trials of other settings are no trials of these
+    with frame.stage(f"tune@{method}", inputs, may_read=[untuned], study=method) as run:
         import os
         import runpy
 
@@ -60,7 +63,7 @@ def main(
             given = everybody | of_family[family] | {"method": method, "seed": tuning.seed}
             tried = frame.Trial(
                 config.with_settings(params, method, settings), f"{family}@{method}-{tuning.seed}",
-                tags | {"mlflow.parentRunId": run.run_id() or ""},
+                tags | {"mlflow.parentRunId": run.run_id()},
             )  # fmt: skip
             row = {"method": method, "trial": number} | one(stage, given, tried, ruler, settings)
             run.log({name: value for name, value in row.items() if isinstance(value, float)}, number)

@@ -690,6 +690,21 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
         raise ParamsError("\n".join(sorted(dict.fromkeys(faults))))
 
 
+def check_study(params: dict[str, Any]) -> None:
+    """Raise ParamsError where `make tune` would train what cannot be trained, on params that `check` has passed."""
+    if section(params, "preferences").source != "dataset":
+        return
+    for method in section(params, "tuning").spaces:
+        if (
+            getattr(section(params, family_of(params, method), method), "rounds", 1) > 1
+            and method in params["preference"]
+        ):
+            raise ParamsError(
+                f"`tuning.spaces` has `{method}`, whose later rounds need `preferences.source: annotator`, to choose between new samples; "
+                f"take `{method}` out of `tuning.spaces` in params.yaml"
+            )
+
+
 def _disagreements(params: dict[str, Any], place: str) -> list[str]:
     """Sections that are each right and do not fit together: better said now than after an hour of training."""
     data, base = section(params, "data"), section(params, "base")

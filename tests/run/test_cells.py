@@ -182,8 +182,51 @@ def test_with_several_gpus_each_cell_has_one(tmp_path):
     assert {(other / f"{name}.out").read_text().split()[1] for name in "ab"} == {"4,5"}
 
 
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [(None, ["a", "b", "c", "d", "e"]), ("1", ["a", "b", "c", "d", "e"]), ("2", ["a,b", "c,d"]), ("8", ["a,b,c,d,e"])],
+)
+def test_a_cell_has_as_many_gpus_as_processes(processes, expected, monkeypatch):
+    monkeypatch.delenv("RLHF_PROCESSES", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("RLHF_PROCESSES", processes)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c,d,e")
+    monkeypatch.delenv("JOBS", raising=False)
+    assert cells.shares(cells.gpus()) == expected and cells.how_many() == len(expected)
+    assert cells.shares([]) == []
+    monkeypatch.setenv("RLHF_LAUNCH", "a launcher of its own")
+    assert cells.shares(cells.gpus()) == ["a,b,c,d,e"]
+    monkeypatch.delenv("RLHF_LAUNCH")
+    monkeypatch.setenv("RLHF_PROCESSES", "two")
+    with pytest.raises(ParamsError, match="RLHF_PROCESSES is 'two'"):
+        cells.how_many()
+
+
+def test_two_processes_of_each_of_two_cells_share_no_gpu(tmp_path):
+    folder = toy(tmp_path / "toy")
+    assert all_of(folder, CUDA_VISIBLE_DEVICES="4,5,6,7", RLHF_PROCESSES="2")[0] == 0
+    assert {(folder / f"{name}.out").read_text().split()[1] for name in "ab"} == {"4,5", "6,7"}
+
+
+def test_what_stands_alone_takes_no_gpu_from_the_stages_before_the_first_wave(tmp_path, monkeypatch):
+    folder = toy(tmp_path / "toy")
+    graph = json.loads((folder / "dvc.yaml").read_text())["stages"]
+    graph["alone"] = graph["a"] | {"deps": [], "outs": ["alone.out"], "cmd": "touch alone.out"}
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": graph}))
+    for visible, waves in (
+        ("4,5", [[["start"]], [["a"], ["b"], ["alone"]]]),
+        ("4", [[["start"], ["alone"]], [["a"], ["b"]]]),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with inside(folder):
+            assert cells.plan() == (waves, ["end"])
+    assert all_of(folder, CUDA_VISIBLE_DEVICES="4,5")[0] == 0
+    assert (folder / "start.out").read_text().split()[1] == "4,5"
+
+
 def test_how_many_at_once(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("RLHF_PROCESSES", raising=False)
     monkeypatch.setattr(cells, "gpus", lambda: [])
     monkeypatch.setenv("JOBS", "7")
     assert cells.how_many() == 7

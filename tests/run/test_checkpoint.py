@@ -100,6 +100,13 @@ def test_what_two_processes_made_one_refuses(here, monkeypatch, capfd):
     assert "it was made with processes 2, and this is 1" in capfd.readouterr().err
 
 
+def test_what_another_kind_of_device_made_is_set_aside(here, monkeypatch, capfd):
+    counted(2)
+    monkeypatch.setattr(checkpoint, "device", lambda: "a GPU")
+    assert counted(1).step == 1
+    assert "it was made with device CPU, and this is a GPU" in capfd.readouterr().err
+
+
 TWO = """
 import os, shutil, sys, torch
 from pathlib import Path

@@ -145,6 +145,35 @@ def test_a_stage_that_has_ended_waits_no_longer_than_it_must_and_its_run_is_sent
     assert history == whole(3) and store.known_as(known) == run.info.run_id == store.known_as(run.info.run_id)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_finds_the_one_it_belongs_to_though_that_had_no_id_when_it_began(here, late):
+    """A trial of the study begins while MLflow is away: its search is named by its journal, and may be sent after it."""
+    search, tried = Sender(Journal(), print), Sender(Journal(), print)
+    begin = BEGIN | {"create": "tune@ppo", "tags": {"study": "ppo"}}
+    trial = BEGIN | {"tags": {"policy": "ppo 1", "mlflow.parentRunId": store.JOURNAL + search.journal.key}}
+    store.experiment(store.STAGES)
+    sending = threading.Timer(0.5 if late else 0.0, lambda: say(search, begin))
+    sending.start()
+    if not late:
+        sending.join()
+    say(tried, trial, {"end": "FINISHED"})
+    sending.join()
+    (run,), _ = stored(here, "ppo 1")
+    assert run.data.tags["mlflow.parentRunId"] == search.run_id
+
+
+def test_a_run_that_mlflow_has_not_answered_for_is_known_by_its_journal(monkeypatch):
+    from rlhf_vs_dpo.run import frame, recorder
+
+    class Silent(recorder.Recorder):
+        def __init__(self):
+            self.run_id, self.answered = None, threading.Event()
+
+    monkeypatch.setattr(recorder, "ANSWER_SECONDS", 0.01)
+    kept = SimpleNamespace(runs=["first", "second"])
+    assert frame.Run({}, Silent(), kept).run_id() == store.JOURNAL + "first"
+
+
 @pytest.mark.parametrize("sent", [0, 1, 3, 6])
 def test_what_a_killed_process_left_is_found_and_its_run_failed(here, sent):
     kept = Journal()

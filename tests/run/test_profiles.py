@@ -118,6 +118,14 @@ def test_a_profile_may_bring_a_variant(params, tmp_path):
     assert config.section(config.read_params(params), "preference", "dpo_b05").beta == 0.5
 
 
+def test_a_profile_may_show_several_settings_as_one_method(params, tmp_path):
+    """`evaluate.settings_of` is a map of names that the default does not have."""
+    (tmp_path / "default.yaml").write_text(params.read_text())
+    (tmp_path / "more.yaml").write_text("evaluate: {settings_of: {dpo: [dpo, cdpo]}}\n")
+    assert apply("more", params, tmp_path).exit_code == 0
+    assert config.section(config.read_params(params), "evaluate").settings_of == {"dpo": ["dpo", "cdpo"]}
+
+
 def test_an_unknown_profile_lists_those_there_are(params):
     result = apply("nope", params)
     assert result.exit_code == 1 and "imdb" in result.output and "smoke" in result.output

@@ -97,6 +97,23 @@ def test_a_study_that_cannot_be_run_is_refused_before_it_starts(change, said):
     assert said in str(refused.value)
 
 
+def test_a_study_of_rounds_that_nobody_can_label_is_refused_before_it_starts():
+    """Pairs of one's own, and online DPO still among what is searched: the comparison runs, the study does not."""
+    import copy
+
+    params = copy.deepcopy(PARAMS)
+    config.check_study(params)
+    params["preferences"]["source"], params["data"]["source"] = "dataset", "files"
+    params["data"]["files"]["preferences"] = "mine.jsonl"
+    params["policies"]["preference"].remove("dpo_online")
+    params["evaluate"]["questions"] = [["ppo", "dpo"]]
+    config.check(params)
+    with pytest.raises(config.ParamsError, match=r"take `dpo_online` out of `tuning.spaces`"):
+        config.check_study(params)
+    del params["tuning"]["spaces"]["dpo_online"]
+    config.check_study(params)  # expert iteration asks the reward model, not the annotator
+
+
 def made_up(method: str, preferred: list[float], outcomes: list[str]) -> pd.DataFrame:
     count = len(preferred)
     kl = np.linspace(0.3, 4.0, count)

@@ -136,6 +136,34 @@ def test_a_search_that_breaks_off_goes_on_with_the_next_trial(made, monkeypatch,
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), whole.drop(columns="seconds"))
 
 
+def test_trials_at_other_settings_of_what_is_not_searched_are_not_gone_on_with(made, monkeypatch, capsys):
+    from rlhf_vs_dpo.study import trial
+
+    def breaks_off(*given):
+        raise KeyboardInterrupt
+
+    untuned = made / "tuning" / "line" / "untuned" / "dpo.json"
+    before, original = untuned.read_text(), trial.Ruler.measure
+    calls: list[int] = []
+    try:
+        monkeypatch.setattr(
+            trial.Ruler,
+            "measure",
+            lambda *given: calls.append(1) or (original if len(calls) == 1 else breaks_off)(*given),
+        )
+        assert tune(made, "dpo") != 0
+        monkeypatch.setattr(trial.Ruler, "measure", original)
+        untuned.unlink()  # a hard link into DVC's cache
+        untuned.write_text(before.replace('"epochs": 1.0', '"epochs": 0.5'))
+        assert untuned.read_text() != before
+        capsys.readouterr()
+        assert tune(made, "dpo") == 0
+    finally:
+        untuned.write_text(before)
+    said = capsys.readouterr()
+    assert "trials are done" not in said.out and "it is of other inputs (tuning/line/untuned/dpo.json)" in said.err
+
+
 def test_settings_at_which_a_method_diverges_are_rows_that_say_so(made):
     before = (made / "params.yaml").read_text()
     try:

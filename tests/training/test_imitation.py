@@ -10,7 +10,7 @@ from conftest import small_model, untuned
 
 from rlhf_vs_dpo import config
 from rlhf_vs_dpo.config import Annotator, Monitor
-from rlhf_vs_dpo.errors import DataError, ModelError
+from rlhf_vs_dpo.errors import DataError, ModelError, ParamsError
 from rlhf_vs_dpo.language import models, text
 from rlhf_vs_dpo.language.forward import log_likelihoods, measure
 from rlhf_vs_dpo.language.generation import generate, generate_together
@@ -260,6 +260,12 @@ def test_labels_follow_length_and_filler_as_the_annotator_does():
     assert (
         summary["filler"] == {"chosen": 0.75, "rejected": 0.0} and summary["tokens"]["chosen"] == (1 + 1 + 2 + 30) / 4
     )
+
+
+def test_the_annotator_does_not_choose_without_a_gold_reward():
+    """Every comparison with what is not a number is false: it would choose the first of two, always."""
+    with pytest.raises(ParamsError, match="needs a gold reward"):
+        labelling.label(pd.DataFrame(), None, config.section(untuned(), "preferences").annotator, 0)
 
 
 def test_alone_a_process_generates_everything(own_tokenizer):

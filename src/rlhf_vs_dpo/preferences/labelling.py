@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from rlhf_vs_dpo.config import Annotator
+from rlhf_vs_dpo.errors import ParamsError
 from rlhf_vs_dpo.language.generation import decode, generate_together
 from rlhf_vs_dpo.language.logprobs import Policy
 from rlhf_vs_dpo.language.text import prompts_of
@@ -51,11 +52,16 @@ def two_samples(
     return Samples(both, float(np.mean(other)) if other else 0.0, drawn.tokens_generated, drawn.tokens_read)
 
 
-def label(samples: pd.DataFrame, judge: gold.Gold, settings: Annotator, seed: int) -> tuple[pd.DataFrame, dict]:
+def label(samples: pd.DataFrame, judge: gold.Gold | None, settings: Annotator, seed: int) -> tuple[pd.DataFrame, dict]:
     """Let the annotator choose between the two responses of each prompt, a table of `two_samples`.
 
-    Returns pairs as the contract has them, without those that are not usable, and what they are like.
+    Returns pairs as the contract has them, without those that are not usable, and what they are like. Raises ParamsError where there is
+    no gold reward (`judge` None), by which the annotator chooses.
     """
+    if judge is None:
+        raise ParamsError(
+            "the simulated annotator needs a gold reward, which this data has not; set `preferences.source: dataset`"
+        )
     scored = samples.join(gold.columns(judge, samples["prompt"], samples["facts"], samples["response"]))
     scored["utility"] = annotator.utility(
         scored["gold"].to_numpy(), scored["tokens"].to_numpy(), scored["filler"].to_numpy(), settings

@@ -6,8 +6,8 @@ runs beside it. A line says when a cell starts and ends; what it prints goes to 
 starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same work one stage after
 another, and gives the same bytes.
 
-    JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs
-    CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, unless RLHF_PROCESSES says otherwise
+    JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs for them
+    CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, or RLHF_PROCESSES of them; with RLHF_LAUNCH, all
 """
 
 import itertools
@@ -23,7 +23,7 @@ from typing import Any
 
 from rlhf_vs_dpo.errors import ParamsError, UserError
 from rlhf_vs_dpo.run import recorder, shortage
-from rlhf_vs_dpo.run.launch import end_with_parent
+from rlhf_vs_dpo.run.launch import end_with_parent, gpus
 
 LOGS = Path("logs")
 FIRST_FAILURE = Path(".dvc/tmp/rlhf-first-failure.json")
@@ -71,9 +71,9 @@ def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
     """Run lanes of cells (`3/40 rl@ppo-0`), `jobs` at once; returns 0, or the exit status of the first that failed, having shown it."""
     command = ["xargs", "-P", str(jobs), "-I", "{}"]
     environment = dict(os.environ)
-    if len(devices) > 1 and len(lanes) > 1 and "RLHF_PROCESSES" not in os.environ:
+    if len(devices) > 1 and len(lanes) > 1:
         command.append("--process-slot-var=RLHF_SLOT")  # which of the `jobs` a cell is: 0, 1, ...
-        environment["RLHF_GPUS"] = ",".join(devices)
+        environment["RLHF_GPUS"] = " ".join(shares(devices))
     interrupted = []
     # Ctrl-C reaches every process. The cells end by it; xargs, and this, wait for them.
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
@@ -118,7 +118,7 @@ def one(number: str, name: str) -> int:
         return 1
     environment = dict(os.environ)
     if "RLHF_GPUS" in environment and "RLHF_SLOT" in environment:
-        of = environment["RLHF_GPUS"].split(",")
+        of = environment["RLHF_GPUS"].split()
         environment["CUDA_VISIBLE_DEVICES"] = of[int(environment["RLHF_SLOT"]) % len(of)]
     log, started, killed_before = _log(name), time.monotonic(), shortage.kills()
     interrupted: list[bool] = []
@@ -197,8 +197,10 @@ def plan(file: str = "dvc.yaml") -> tuple[list[list[list[str]]], list[str]]:
         if trunk:
             lanes.insert(0, [trunk])
         if alone:
-            lanes = lanes or [[]]
-            lanes[0] += [[stage.addressing] for stage in alone]
+            beside = 1 if trunk and len(gpus()) > 1 else 0  # a training stage that runs by itself takes all GPUs
+            while len(lanes) <= beside:
+                lanes.append([])
+            lanes[beside] += [[stage.addressing] for stage in alone]
         if sum(map(len, lanes)) == 1:
             tail = lanes.pop()[0] + tail
         return lanes, tail
@@ -223,21 +225,18 @@ def how_many() -> int:
         return int(given)
     import joblib
 
-    return len(gpus()) or joblib.cpu_count()  # which knows affinity and the limits of containers
+    return len(shares(gpus())) or joblib.cpu_count()  # which knows affinity and the limits of containers
 
 
-def gpus() -> list[str]:
-    """Names of the GPUs that cells may use, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:  # no GPU, or no driver
+def shares(devices: list[str]) -> list[str]:
+    """GPUs of the cells that run at once, each as CUDA_VISIBLE_DEVICES has them: as many as a stage starts processes (`launch`)."""
+    if not devices:
         return []
-    return [str(number) for number in range(count)]
+    given = os.environ.get("RLHF_PROCESSES", "1")
+    if not (given.isdigit() and int(given) > 0):
+        raise ParamsError(f"RLHF_PROCESSES is {given!r}; give the number of processes of a stage, 1 or more")
+    each = len(devices) if "RLHF_LAUNCH" in os.environ else min(int(given), len(devices))
+    return [",".join(devices[first : first + each]) for first in range(0, len(devices) - each + 1, each)]
 
 
 def repair() -> None:

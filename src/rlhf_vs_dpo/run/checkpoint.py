@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from rlhf_vs_dpo.run import arithmetic, atomic, pipeline
-from rlhf_vs_dpo.run.launch import is_main
+from rlhf_vs_dpo.run.launch import device, is_main
 
 KEPT = 2  # checkpoints of a stage
 PATIENCE = 30.0  # seconds to wait for another process at the same work, which may be finishing its last step
@@ -371,6 +371,7 @@ def of_stage(
         "code": _hashes(pipeline.code(stage)),
         "inputs": _hashes(inputs),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "device": device(),
         "arithmetic": arithmetic.name(),
         "torch": version("torch"),
     }
@@ -494,8 +495,9 @@ def _why(other: Path, identity: dict[str, Any]) -> str:
     for name in ("inputs", "code"):
         if theirs[name] != identity[name]:
             return f"it is of other {name} ({', '.join(_differ(theirs[name], identity[name]))})"
-    name = next(name for name in ("processes", "arithmetic", "torch") if theirs[name] != identity[name])
-    return f"it was made with {name} {theirs[name]}, and this is {identity[name]}"
+    kinds = ("processes", "device", "arithmetic", "torch")
+    name = next(name for name in kinds if theirs.get(name) != identity[name])
+    return f"it was made with {name} {theirs.get(name)}, and this is {identity[name]}"
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:

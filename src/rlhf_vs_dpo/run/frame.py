@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_vs_dpo.errors import ModelError, TrainingError, UserError
-from rlhf_vs_dpo.run import arithmetic, atomic, pipeline, shortage
+from rlhf_vs_dpo.run import arithmetic, atomic, pipeline, shortage, store
 from rlhf_vs_dpo.run.checkpoint import NOT_KEPT, Checkpoint, of_stage
 from rlhf_vs_dpo.run.launch import is_main
 from rlhf_vs_dpo.run.recorder import Recorder, flat
@@ -90,9 +90,10 @@ class Run:
         """
         self._tell(reads=[str(path) for path in paths], of_dvc="DVC_STAGE" in os.environ)
 
-    def run_id(self) -> str | None:
-        """The id of this run on MLflow; None where it is no run."""
-        return None if self.recorder is None else self.recorder.begun()
+    def run_id(self) -> str:
+        """The id of this run on MLflow; where MLflow does not answer yet, that of its journal (`store.known_as`)."""
+        begun = None if self.recorder is None else self.recorder.begun()
+        return begun or store.JOURNAL + self.checkpoint.runs[0]
 
     def warn(self, name: str, message: str) -> None:
         """A named warning: in the log, and as the tag `warning.<name>` of the run."""

@@ -26,6 +26,7 @@ from rlhf_vs_dpo.run.pipeline import root
 
 SILENT_SECONDS = 600.0  # without an answer; then a stage that has ended waits no longer
 FLUSH_SECONDS = 5.0
+PARENT_SECONDS = 30  # for the run that a trial belongs to: both are sent when MLflow answers again, in no order
 LIMIT = 64 * 2**20  # bytes of what is still to be sent; a stage that says more waits
 SEND = "python -m rlhf_vs_dpo.run.journal"
 
@@ -237,6 +238,8 @@ class Sender:
         made = client.search_runs([place], f"tags.journal = '{first}'", max_results=1)
         if not made:
             tags = begun["tags"] | {"journal": first}
+            if parent := tags.get("mlflow.parentRunId"):
+                tags["mlflow.parentRunId"] = _sent_by_now(parent)
             made = [client.create_run(place, begun["at"], tags, tags.get("policy", begun["create"]))]
         run_id = made[0].info.run_id
         if again:
@@ -258,6 +261,20 @@ class Sender:
         """What `action` returns, see the function; a stage that works does not mind how long it takes."""
         kept = f"work goes on, and what is said is kept in {folder()} until it does"
         return patiently(action, self.say, kept, lambda: self.patience if self.ended else None)
+
+
+def _sent_by_now(run_id: str) -> str:
+    """`store.known_as` of a run that somebody else is about to send; after a moment, the name of its journal."""
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(PARENT_SECONDS):
+        try:
+            return store.known_as(run_id)
+        except MlflowException as error:
+            if out_of_reach(error):
+                raise
+        time.sleep(1)
+    return run_id
 
 
 def patiently(

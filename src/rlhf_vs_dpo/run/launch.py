@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from rlhf_vs_dpo.run import arithmetic
 
+SHUTDOWN_SECONDS = "600"  # from SIGTERM until torchrun kills: the step at hand, and the checkpoint after it
+
 
 def command(main: Callable[..., None]) -> None:
     """Run the Typer command of a stage."""
@@ -44,6 +46,39 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:  # no GPU, or no driver
+        return []
+    return [str(number) for number in range(count)]
+
+
+def device() -> str:
+    """The kind of device that stages compute on: the name of the first GPU, else CPU."""
+    seen = gpus()
+    if not seen:
+        return "CPU"
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(seen[0]))
+            if seen[0].isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(seen[0])
+        )
+        return str(pynvml.nvmlDeviceGetName(handle))
+    except pynvml.NVMLError:  # a part of a GPU, or one that is not there
+        return "GPU"
+
+
 def on_all_devices() -> None:
     """Replace this process by one per GPU where that is more than one; return at once otherwise."""
     if "RANK" in os.environ or "RLHF_LAUNCHED" in os.environ:
@@ -68,5 +103,6 @@ def on_all_devices() -> None:
             str(processes),
             "--",
         ]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     os.environ["RLHF_LAUNCHED"] = "1"  # whatever a launcher does, its children do not launch again
     os.execvp(command[0], [*command, *sys.argv])

@@ -17,9 +17,11 @@ from rlhf_vs_dpo import config
 from rlhf_vs_dpo.errors import ParamsError, UserError
 from rlhf_vs_dpo.run import atomic
 
+WHOLE = ("tuning.spaces", "evaluate.settings_of")  # maps whose keys are names of methods
+
 
 def overlay(params: Any, profile: dict[str, Any], place: str, key: str = "") -> None:
-    """Lay `profile` over `params` in place; a list replaces a list, and spaces to search the spaces. Raises ParamsError for a key that is not there.
+    """Lay `profile` over `params` in place; a list replaces a list, and what is in `WHOLE` is replaced as it stands. Raises ParamsError for a key that is not there.
 
     A method's own entry (`preference.dpo_b05`) may be new, as a judge may, and may hold any key that its defaults or its loss know:
     what it holds is validated afterwards.
@@ -31,7 +33,7 @@ def overlay(params: Any, profile: dict[str, Any], place: str, key: str = "") -> 
             raise ParamsError(
                 f"{place}: unknown key `{dotted}`; params.yaml has {', '.join(params) or 'nothing'} there"
             )
-        if isinstance(value, dict) and isinstance(params.get(name), dict) and dotted != "tuning.spaces":
+        if isinstance(value, dict) and isinstance(params.get(name), dict) and dotted not in WHOLE:
             overlay(params[name], value, place, dotted)
         else:
             params[name] = value

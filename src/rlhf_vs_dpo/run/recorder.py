@@ -32,6 +32,9 @@ from typing import IO, Any
 from rlhf_vs_dpo.errors import DataError, DiskError, UserError
 from rlhf_vs_dpo.run import journal, shortage, store
 
+ANSWER_SECONDS = (
+    60.0  # for the id of a run, where it is asked for: the first answer of a store that is there takes seconds
+)
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
 SHARED = "RLHF_RECORDER"  # the socket of a process that several stages share
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
@@ -74,8 +77,8 @@ class Recorder:
             self.answered.set()
 
     def begun(self) -> str | None:
-        """Wait until the run has an id, and return it; None where MLflow is silent for too long."""
-        self.answered.wait()
+        """Wait a moment for the run to have an id, and return it; None where MLflow has not answered yet."""
+        self.answered.wait(ANSWER_SECONDS)
         return self.run_id
 
     def tell(self, **message: Any) -> None:
