@@ -31,7 +31,6 @@ def main(
         from rlhf_vs_dpo.language.generation import decode, generate
         from rlhf_vs_dpo.language.logprobs import Policy
         from rlhf_vs_dpo.preferences import annotator, gold
-        from rlhf_vs_dpo.run.progress import bar
 
         settings, sampling = run.section("pool"), run.section("sampling")
         preferences = run.section("preferences")
@@ -59,39 +58,36 @@ def main(
         read = {split: 0 for split in totals}
 
         def parts():
-            with bar(len(each), "pool", "response") as progress:
-                for start in range(0, len(each), CHUNK):
-                    some = each.iloc[start : start + CHUNK].reset_index(drop=True)
-                    streams = [f"pool/{name}" for name in some["prompt_id"]]  # of its own: no sample is another table's
-                    asked = text.Prompts(text.encode_prompts(tokenizer, list(some["prompt"])), streams)
-                    responses, of_logp, of_reward = (
-                        run.checkpoint.pieces(f"{name} from {start}") for name in ("responses", "logp", "reward")
-                    )
-                    drawn = generate(
-                        policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, rows=ROWS, done=responses
-                    )
-                    logp = forward.log_likelihoods(policy, drawn.tokens, done=of_logp)
-                    table = some[["prompt_id", "split", "sample"]].assign(
-                        response=decode(tokenizer, drawn.tokens),
-                        response_ids=[tokens.response for tokens in drawn.tokens],
-                        tokens=[len(tokens.response) for tokens in drawn.tokens],
-                        finished=drawn.finished,
-                        logp=logp,
-                        reference_logp=logp,
-                        reward=forward.scores(scorer, drawn.tokens, done=of_reward),
-                    )
-                    table["reward"] = table["reward"].where(table["finished"])
-                    for split, group in table.groupby("split"):
-                        scored = [drawn.tokens[i] for i in group.index]
-                        read[split] += forward.tokens_read(scored) + sum(
-                            len(p) for p in {tuple(t.prompt) for t in scored}
-                        )
-                        totals[split][0] += len(group)
-                        totals[split][1] += int(group["tokens"].sum())
-                        totals[split][2] += float(group["finished"].sum())
-                    progress.update(len(some))
-                    table = table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
-                    yield table.assign(utility=annotator.column(table, preferences))
+            for start in range(0, len(each), CHUNK):
+                some = each.iloc[start : start + CHUNK].reset_index(drop=True)
+                what = "pool" if len(each) <= CHUNK else f"pool, {start // CHUNK + 1} of {-(-len(each) // CHUNK)}"
+                streams = [f"pool/{name}" for name in some["prompt_id"]]  # of its own: no sample is another table's
+                asked = text.Prompts(text.encode_prompts(tokenizer, list(some["prompt"])), streams)
+                responses, of_logp, of_reward = (
+                    run.checkpoint.pieces(f"{name} from {start}") for name in ("responses", "logp", "reward")
+                )
+                drawn = generate(
+                    policy, asked, list(some["sample"]), sampling.max_new_tokens, seed, what, ROWS, responses
+                )
+                logp = forward.log_likelihoods(policy, drawn.tokens, f"{what}: log pi", of_logp)
+                table = some[["prompt_id", "split", "sample"]].assign(
+                    response=decode(tokenizer, drawn.tokens),
+                    response_ids=[tokens.response for tokens in drawn.tokens],
+                    tokens=[len(tokens.response) for tokens in drawn.tokens],
+                    finished=drawn.finished,
+                    logp=logp,
+                    reference_logp=logp,
+                    reward=forward.scores(scorer, drawn.tokens, f"{what}: rewards", of_reward),
+                )
+                table["reward"] = table["reward"].where(table["finished"])
+                for split, group in table.groupby("split"):
+                    scored = [drawn.tokens[i] for i in group.index]
+                    read[split] += forward.tokens_read(scored) + sum(len(p) for p in {tuple(t.prompt) for t in scored})
+                    totals[split][0] += len(group)
+                    totals[split][1] += int(group["tokens"].sum())
+                    totals[split][2] += float(group["finished"].sum())
+                table = table.join(gold.columns(judge, some["prompt"], some["facts"], table["response"]))
+                yield table.assign(utility=annotator.column(table, preferences))
 
         tables.write_stream(parts(), "pool", out)
         run.spent(
