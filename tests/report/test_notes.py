@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "docs" / "notes.md", ROOT / "README.md", ROOT / "docs" / "results" / "five-lines" / "README.md"]
-FILES = {"study": "tuning/study.json", "lines": "docs/results/five-lines/results.json"}  # others are of the default run
+RESULTS = ROOT / "docs" / "results"
+PAGES = [
+    ROOT / "docs" / "notes.md",
+    ROOT / "README.md",
+    RESULTS / "five-lines" / "README.md",
+    RESULTS / "smollm2" / "README.md",
+]
+FILES = {
+    "study": "tuning/study.json",
+    "lines": "docs/results/five-lines/results.json",
+    "smollm2": "docs/results/smollm2/results.json",
+}  # others are of the default run
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)<!--(\S+): (.+?)-->")
 
 
@@ -35,7 +45,7 @@ def refreshed(page: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("place", "least"), list(zip(PAGES, (60, 12, 20), strict=True)), ids=["notes", "readme", "lines"]
+    ("place", "least"), list(zip(PAGES, (60, 12, 20, 20), strict=True)), ids=["notes", "readme", "lines", "smollm2"]
 )
 def test_every_number_is_that_of_the_results(place, least):
     page = place.read_text()
