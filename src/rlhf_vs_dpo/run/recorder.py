@@ -32,9 +32,7 @@ from typing import IO, Any
 from rlhf_vs_dpo.errors import DataError, DiskError, UserError
 from rlhf_vs_dpo.run import journal, shortage, store
 
-ANSWER_SECONDS = (
-    60.0  # for the id of a run, where it is asked for: the first answer of a store that is there takes seconds
-)
+ANSWER_SECONDS = 60.0  # for the id of a run, where somebody asks for it; a store that is there answers in seconds
 SYSTEM_SECONDS = 5  # between two looks at processor, memory and GPU
 SHARED = "RLHF_RECORDER"  # the socket of a process that several stages share
 # What "dirty" looks at: DVC itself removes the committed metrics and curves of a stage before it runs.
