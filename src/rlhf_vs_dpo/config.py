@@ -4,6 +4,7 @@ There are no defaults here: every number stands in params.yaml, so that DVC sees
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -692,17 +693,19 @@ def check(params: dict[str, Any], place: str = "params.yaml") -> None:
 
 def check_study(params: dict[str, Any]) -> None:
     """Raise ParamsError where `make tune` would train what cannot be trained, on params that `check` has passed."""
+    for method in _never_labelled(params, section(params, "tuning").spaces):
+        raise ParamsError(
+            f"`tuning.spaces` has `{method}`, whose later rounds need `preferences.source: annotator`, to choose between new samples; "
+            f"take `{method}` out of `tuning.spaces` in params.yaml"
+        )
+
+
+def _never_labelled(params: dict[str, Any], methods: Iterable[str]) -> list[str]:
+    """Those of the methods that train on new samples in later rounds, where there is no annotator to choose between them."""
     if section(params, "preferences").source != "dataset":
-        return
-    for method in section(params, "tuning").spaces:
-        if (
-            getattr(section(params, family_of(params, method), method), "rounds", 1) > 1
-            and method in params["preference"]
-        ):
-            raise ParamsError(
-                f"`tuning.spaces` has `{method}`, whose later rounds need `preferences.source: annotator`, to choose between new samples; "
-                f"take `{method}` out of `tuning.spaces` in params.yaml"
-            )
+        return []
+    of_pairs = [method for method in methods if method in params["preference"]]
+    return [method for method in of_pairs if section(params, "preference", method).rounds > 1]
 
 
 def _disagreements(params: dict[str, Any], place: str) -> list[str]:
@@ -744,12 +747,11 @@ def _disagreements(params: dict[str, Any], place: str) -> list[str]:
             faults.append(
                 f"{place}: `imitation.{method}.n` ({entry.n}) is more than `pool.train_samples` ({pool.train_samples})"
             )
-    for method in policies.preference:
-        if section(params, "preference", method).rounds > 1 and own_pairs:
-            faults.append(
-                f"{place}: `preference.{method}.rounds` above 1 needs `preferences.source: annotator`, to choose between new samples; "
-                f"without one, take `{method}` off `policies.preference`"
-            )
+    for method in _never_labelled(params, policies.preference):
+        faults.append(
+            f"{place}: `preference.{method}.rounds` above 1 needs `preferences.source: annotator`, to choose between new samples; "
+            f"without one, take `{method}` off `policies.preference`"
+        )
     tuning = section(params, "tuning")
     if tuning.seed in section(params, "seeds"):
         faults.append(
