@@ -46,7 +46,7 @@ class OfLlama:
         *below, top = self.body.layers
         device = self.body.embed_tokens.weight.device
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-        rows = Rows.of(lengths, 0)
+        rows = Rows.of(lengths)
         self.room = int(lengths.max()) + most
         self.place = lengths - 1  # of the last token of each row
         flat = self.body.embed_tokens(torch.tensor([token for ids in prompts for token in ids], device=device))

@@ -25,30 +25,96 @@ def is_llama(body: nn.Module) -> bool:
     )
 
 
+class Way(NamedTuple):
+    """From which row of one list each row of another one is taken.
+
+    source  (n,) int64, the row that is taken
+    empty   (m,) int64, rows that are zero in its place
+    more    rows (k,) int64 to which others (k,) are added, one group after another; no row stands in a group twice
+    """
+
+    source: Tensor
+    empty: Tensor | None = None
+    more: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def of(self, rows: Tensor) -> Tensor:
+        """(rows, ...) -> (n, ...)."""
+        taken = rows.index_select(0, self.source)
+        if self.empty is not None:
+            taken = taken.index_fill_(0, self.empty, 0.0)
+        for to, others in self.more:
+            taken = taken.index_copy_(0, to, taken.index_select(0, to) + rows.index_select(0, others))
+        return taken
+
+
+class _Moved(torch.autograd.Function):
+    """Rows taken by one way; their gradients come by the other, its transpose: PyTorch's own would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, there: Way, back: Way) -> Tensor:
+        ctx.there, ctx.back = there, back
+        return there.of(rows)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        return _Moved.apply(slope, ctx.back, ctx.there), None, None
+
+
 class Rows(NamedTuple):
     """Rows of tokens of a flat list, as attention wants them.
 
     tokens  (count, width) int64, the place in the list of the token of each slot; some other token's where there is none
     filled  (count, width) bool, slots that have a token
+    there   the way from the list to the slots, of which those without a token are zero
+    back    its transpose: from the slots to the list, where a token that stands in several rows is the sum of its slots
     """
 
     tokens: Tensor
     filled: Tensor
+    there: Way
+    back: Way
 
     @staticmethod
-    def of(lengths: Tensor, start: int) -> "Rows":
-        """Rows of these many tokens, one behind the other in the list from `start` on."""
-        filled = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        earlier = (filled.flatten().cumsum(0) - 1).clamp_min(0)
-        return Rows(start + earlier.view_as(filled), filled)
+    def of(lengths: Tensor) -> "Rows":
+        """Rows of these many tokens, which stand one behind the other in the list."""
+        return Rows.at(torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None])
+
+    @staticmethod
+    def at(filled: Tensor) -> "Rows":
+        """Rows of which these slots, (count, width) bool, hold the tokens of the list, in their order."""
+        tokens = (filled.flatten().cumsum(0) - 1).clamp_min(0)
+        return Rows(tokens.view_as(filled), filled, Way(tokens, _true(~filled)), Way(_true(filled)))
+
+    @staticmethod
+    def side_by_side(left: "Rows", owner: Tensor, right: "Rows") -> "Rows":
+        """Row `owner[i]` of `left` and row i of `right` in one; in the list all tokens of `left` come first, then those of `right`."""
+        first = int(left.filled.sum())
+        tokens = torch.cat([left.tokens[owner], first + right.tokens], dim=1)
+        filled = torch.cat([left.filled[owner], right.filled], dim=1)
+        slots = _true(filled)
+        taken, order = tokens.flatten()[slots].sort(stable=True)
+        slots = slots[order]
+        number = torch.arange(len(taken), device=taken.device) - torch.searchsorted(taken, taken)  # of a token's slots
+        more = [number == copy for copy in range(1, int(number.max()) + 1)]
+        back = Way(slots[number == 0], None, tuple((taken[of], slots[of]) for of in more))
+        return Rows(tokens, filled, Way(tokens.flatten(), _true(~filled)), back)
 
     def pad(self, flat: Tensor) -> Tensor:
         """(n, heads, head width) -> (count, heads, width, head width)."""
-        return flat.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape).transpose(1, 2)
+        return _Moved.apply(flat, self.there, self.back).unflatten(0, self.tokens.shape).transpose(1, 2)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The reverse, heads side by side: (tokens of these rows, heads x head width)."""
-        return padded.transpose(1, 2).flatten(-2).flatten(0, 1).index_select(0, self.filled.flatten().nonzero()[:, 0])
+        return self.pick(padded.transpose(1, 2).flatten(-2).flatten(0, 1))
+
+    def pick(self, slots: Tensor) -> Tensor:
+        """What stands in the slots, (count x width, ...), as a list, (n, ...)."""
+        return _Moved.apply(slots, self.back, self.there)
+
+
+def _true(mask: Tensor) -> Tensor:
+    """Places of a flattened mask that are True, (k,) int64."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 def turns(body: nn.Module, flat: Tensor, positions: Tensor) -> Tensor:
@@ -74,13 +140,12 @@ def heads(layer: nn.Module, flat: Tensor, turn: Tensor, which: str) -> tuple[Ten
         return *(torch.view_as_real(pair * turn).flatten(-2).to(found[0].dtype) for pair in pairs), *found[turning:]
     counts = [projection.out_features // width for projection in asked]
     moving = sum(counts[:turning])
-    side_by_side = torch.arange(width, device=flat.device).view(2, half).T.flatten()
-    within = [side_by_side if head < moving else side_by_side.sort().values for head in range(sum(counts))]
-    order = torch.cat([head * width + places for head, places in enumerate(within)])
-    together = _in_one_product(layer.input_layernorm, flat, asked, order).unflatten(-1, (-1, width))
-    turned = torch.view_as_complex(together[:, :moving].float().unflatten(-1, (half, 2))) * turn
+    product = _in_one_product(layer.input_layernorm, flat, asked, [half] * turning)
+    still = sum(counts) - moving
+    together, values = product.unflatten(-1, (-1, width)).split([moving, still], dim=1)
+    turned = torch.view_as_complex(together.float().unflatten(-1, (half, 2))) * turn
     queries_and_keys = torch.view_as_real(turned).flatten(-2).to(together.dtype)
-    return *queries_and_keys.split(counts[:turning], dim=1), *([together[:, moving:]] if which.endswith("v") else [])
+    return *queries_and_keys.split(counts[:turning], dim=1), *([values] if still else [])
 
 
 def attend(layer: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
@@ -100,7 +165,10 @@ def rest(layer: nn.Module, flat: Tensor, attended: Tensor) -> Tensor:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
     asked = [mlp.gate_proj, mlp.up_proj]
     if _small(norm, asked):
-        gate, up = _in_one_product(norm, flat, asked).chunk(2, dim=-1)
+        both = _in_one_product(norm, flat, asked)
+        if mlp.config.hidden_act == "silu":
+            return flat + mlp.down_proj(_Gated.apply(both)[0])
+        gate, up = both.chunk(2, dim=-1)
     else:
         normalised = _normalised(norm, flat)
         gate, up = (projection(normalised) for projection in asked)
@@ -123,20 +191,55 @@ def _normalised(norm: nn.Module, flat: Tensor) -> Tensor:
     return _Normalised.apply(flat, norm.variance_epsilon)[0] * norm.weight
 
 
-def _in_one_product(norm: nn.Module, flat: Tensor, asked: Sequence[nn.Linear], order: Tensor | None = None) -> Tensor:
-    """Projections of normalised states in one product: (n, d) -> (n, sum of widths), in `order` where one is given.
+def _in_one_product(norm: nn.Module, flat: Tensor, asked: Sequence[nn.Linear], halves: Sequence[int] = ()) -> Tensor:
+    """Projections of normalised states in one product: (n, d) -> (n, sum of widths).
 
-    The norm's weight is multiplied into the projections', which are smaller than what they project.
+    The norm's weight is multiplied into the projections', which are smaller than what they project. In the first ones, those with a
+    half, coordinates i and i + half of a head are put side by side.
     """
     if flat.is_cuda:
         normalised = nn.functional.rms_norm(flat, flat.shape[-1:], eps=norm.variance_epsilon)
     else:
         normalised = _Normalised.apply(flat, norm.variance_epsilon)[0]
-    weight = torch.cat([projection.weight for projection in asked])
-    bias = None if asked[0].bias is None else torch.cat([projection.bias for projection in asked])
-    if order is not None:
-        weight, bias = weight.index_select(0, order), None if bias is None else bias[order]
+
+    def together(parts: Sequence[Tensor]) -> Tensor:
+        turned, others = parts[: len(halves)], parts[len(halves) :]
+        split = [of.unflatten(0, (-1, 2, half)) for of, half in zip(turned, halves, strict=True)]
+        return torch.cat([*(of.transpose(1, 2).flatten(0, 2) for of in split), *others])
+
+    weight = together([projection.weight for projection in asked])
+    bias = None if asked[0].bias is None else together([projection.bias for projection in asked])
     return nn.functional.linear(normalised, weight * norm.weight, bias)
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) up of gate and up side by side (Shazeer 2020, arXiv:2002.05202, SwiGLU): (n, 2 f) -> (n, f); slopes side by side, too.
+
+    The second output, silu(gate), only serves to differentiate again.
+    """
+
+    @staticmethod
+    def forward(ctx, both: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = both.chunk(2, dim=-1)
+        opened = nn.functional.silu(gate)
+        ctx.save_for_backward(both, opened)
+        ctx.set_materialize_grads(False)
+        return opened * up, opened
+
+    @staticmethod
+    def backward(ctx, slope: Tensor | None, of_opened: Tensor | None) -> Tensor:
+        both, opened = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        slope = torch.zeros_like(opened) if slope is None else slope
+        at_gate = slope * up if of_opened is None else slope * up + of_opened
+        if torch.is_grad_enabled():  # slopes that are differentiated again
+            share = torch.sigmoid(gate)
+            return torch.cat([at_gate * share * (1 + gate * (1 - share)), slope * opened], dim=-1)
+        slopes = torch.empty_like(both)
+        of_gate, of_up = slopes.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(at_gate, gate, grad_input=of_gate)
+        torch.mul(slope, opened, out=of_up)
+        return slopes
 
 
 class _Normalised(torch.autograd.Function):

@@ -70,8 +70,8 @@ def _of_llama(body: nn.Module, batch: Batch, where: Tensor) -> Tensor:
     shared = place < starts[batch.first][:, None]  # (P, T) tokens of distinct prompts
     own = (place >= starts[:, None]) & (place < ends[:, None])  # (B, T) tokens of each response
     count = int(shared.sum())
-    prompts, responses = Rows.of(starts[batch.first], 0), Rows.of(ends - starts, count)
-    whole = Rows(*(torch.cat([one[batch.owner], other], dim=1) for one, other in zip(prompts, responses, strict=True)))
+    prompts, responses = Rows.of(starts[batch.first]), Rows.of(ends - starts)
+    whole = Rows.side_by_side(prompts, batch.owner, responses)
 
     ids = torch.cat([batch.input_ids[batch.first][shared], batch.input_ids[own]])
     positions = torch.cat([place.expand_as(shared)[shared], place.expand_as(own)[own]])
@@ -83,19 +83,21 @@ def _of_llama(body: nn.Module, batch: Batch, where: Tensor) -> Tensor:
 
     def through(layer: nn.Module, flat: Tensor) -> Tensor:
         queries, keys, values = heads(layer, flat, turn, "qkv")
-        of_responses = attend(layer, responses.pad(queries), whole.pad(keys), whole.pad(values), seen)
-        attended = [responses.unpad(of_responses)]
-        if count:
-            of_prompts = attend(layer, prompts.pad(queries), prompts.pad(keys), prompts.pad(values), None)
-            attended.insert(0, prompts.unpad(of_prompts))
-        return rest(layer, flat, torch.cat(attended))
+        wide = whole.pad(keys), whole.pad(values)
+        if not count:
+            return rest(layer, flat, responses.unpad(attend(layer, responses.pad(queries), *wide, seen)))
+        asking, answering = queries.tensor_split([count])
+        of_prompts = attend(layer, *(prompts.pad(of) for of in (asking, keys[:count], values[:count])), None)
+        of_responses = attend(layer, responses.pad(answering), *wide, seen)
+        return rest(layer, flat, torch.cat([prompts.unpad(of_prompts), responses.unpad(of_responses)]))
 
     def at_top(flat: Tensor) -> Tensor:
         keys, values = heads(top, flat, turn, "kv")
-        wanted = where[own].nonzero()[:, 0]  # which tokens of responses are read
-        read = flat.index_select(0, count + wanted)
-        (queries,) = heads(top, read, turn.index_select(0, count + wanted), "q")
-        slots = Rows.of(where.sum(-1), 0)
+        wanted = where[own]  # which tokens of responses are read
+        reading = Rows.at(nn.functional.pad(wanted, (count, 0))[None])
+        read = reading.pick(flat)
+        (queries,) = heads(top, read, reading.pick(turn), "q")
+        slots = Rows.of(where.sum(-1))
         at = order[responses.filled][wanted].index_select(0, slots.tokens.flatten()).view_as(slots.tokens)
         seen = _seen(at, prompts.filled[batch.owner], responses.filled.shape[1])
         attended = slots.unpad(attend(top, slots.pad(queries), whole.pad(keys), whole.pad(values), seen))
