@@ -1,11 +1,13 @@
 """How a step grows: seconds and memory of SFT, DPO and PPO by the size of the model and the number of tokens.
 
-    python benchmarks/growth.py [--largest 135]
+    python benchmarks/growth.py [--sizes 0.3,3,30,135]
 
 Llamas of 0.3, 3, 30 and 135 M weights, drawn at random, each on 512 tokens of eight texts, and on 2, 4 and 8 times as many texts. Every
-measurement is a process of its own, under the project's fixed arithmetic: one update of warm-up, then two that are timed (of the largest,
-whose updates take minutes, one, without warm-up); memory is the most that the process held. Prints a table, and the slope of log(seconds) in log(tokens) for each model: 1 is linear. The figure goes to
-benchmarks/.against/growth.png.
+measurement is a process of its own, under the project's fixed arithmetic: one update of warm-up, then two that are timed; of the two
+largest, whose updates take minutes, one, without warm-up. Memory is the most that the process held. What is measured is kept in
+benchmarks/.against/growth.json, and a run that breaks off goes on from there; remove the file to measure again, and before another machine
+measures. Prints each measurement, and a table with the slopes of log(seconds) and log(memory) in log(tokens): 1 is linear. The figure goes
+to benchmarks/.against/growth.png.
 """
 
 import json
@@ -27,7 +29,8 @@ SHAPES = {
     135: (30, 576, 9, 3, 1536, 49152),
 }
 LOOPS, TIMES = ("sft", "dpo", "ppo"), (1, 2, 4, 8)
-TEXTS, PROMPT, RESPONSE = 8, 40, 24  # 512 tokens
+TEXTS, PROMPT, RESPONSE = 8, 40, 24
+TOKENS = TEXTS * (PROMPT + RESPONSE)  # 512
 
 
 def one(loop: str, millions: float, times: int) -> dict:
@@ -57,7 +60,7 @@ def one(loop: str, millions: float, times: int) -> dict:
     )
     names = [str(i) for i in range(len(asked))]
     given = sides.Material(model, reward, None, chosen, Pairs(chosen, rejected, names), Prompts(asked, names), [])
-    timed = 2 if millions < 100 else 1
+    timed = 2 if millions < 30 else 1
     if timed > 1:
         sides.ours(loop, given, size, 1)
     return {
@@ -67,6 +70,7 @@ def one(loop: str, millions: float, times: int) -> dict:
 
 
 def draw(found: dict[tuple[str, float, int], dict], path: Path) -> None:
+    """Seconds and memory by tokens, a line for each size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,15 +80,17 @@ def draw(found: dict[tuple[str, float, int], dict], path: Path) -> None:
     for row, (what, label) in enumerate((("seconds", "seconds of an update"), ("mib", "memory of the process, MiB"))):
         for column, loop in enumerate(LOOPS):
             place = axes[row][column]
-            for millions in dict.fromkeys(m for _, m, _ in found):
+            for millions in SHAPES:
                 times = [t for t in TIMES if (loop, millions, t) in found]
+                if not times:
+                    continue
                 values = [found[loop, millions, t][what] for t in times]
-                tokens = [TEXTS * (PROMPT + RESPONSE) * t for t in times]
+                tokens = [TOKENS * t for t in times]
                 place.loglog(tokens, values, marker="o")
                 place.annotate(
                     f"{millions:g} M", (tokens[-1], values[-1]), xytext=(4, -3), textcoords="offset points", fontsize=8
                 )
-            place.set_xlim(right=TEXTS * (PROMPT + RESPONSE) * TIMES[-1] * 1.8)
+            place.set_xlim(right=TOKENS * TIMES[-1] * 1.8)
             if row == 0:
                 place.set_title(loop)
             else:
@@ -95,43 +101,61 @@ def draw(found: dict[tuple[str, float, int], dict], path: Path) -> None:
     drawn.savefig(path, dpi=150)
 
 
+def table(found: dict[tuple[str, float, int], dict]) -> str:
+    """Seconds at the fewest and the most tokens, and slopes over all, as Markdown; of what was measured whole."""
+    import numpy as np
+
+    said = [
+        f"| loop | weights | {TOKENS} tokens, s | {TOKENS * TIMES[-1]:,} tokens, s | slope of seconds | slope of memory |",
+        "| ---- | ------- | ------------- | --------------- | ---------------- | --------------- |",
+    ]
+    for loop in LOOPS:
+        for millions in SHAPES:
+            of_tokens = [found.get((loop, millions, t)) for t in TIMES]
+            if None in of_tokens:
+                continue
+            seconds, mib = ([each[what] for each in of_tokens if each] for what in ("seconds", "mib"))
+            slopes = [np.polyfit(np.log(TIMES), np.log(values), 1)[0] for values in (seconds, mib)]
+            said.append(
+                f"| {loop.upper()} | {millions:g} M | {seconds[0]:.3f} | {seconds[-1]:.3f} | {slopes[0]:.2f} | {slopes[1]:.2f} |"
+            )
+    return "\n".join(said)
+
+
 def main(
-    largest: Annotated[float, typer.Option(help="Millions of weights of the largest model.")] = 135,
+    sizes: Annotated[str, typer.Option(help="Millions of weights, some of these.")] = "0.3,3,30,135",
     single: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Print seconds and memory, and slopes."""
+    known = {f"{millions:g}": millions for millions in SHAPES}
     if single:
         loop, millions, times = single.split(",")
-        print(json.dumps(one(loop, next(m for m in SHAPES if f"{m:g}" == millions), int(times))))
+        print(json.dumps(one(loop, known[millions], int(times))))
         return
-    import numpy as np  # not before a single measurement has fixed its arithmetic
-
+    if unknown := set(sizes.split(",")) - set(known):
+        raise SystemExit(f"--sizes: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), str(HERE)])}
-    found: dict[tuple[str, float, int], dict] = {}
-    print(f"{'loop':4} {'weights':>8} {'tokens':>7} {'seconds':>9} {'MiB':>7}")
-    for loop in LOOPS:
-        for millions in [m for m in SHAPES if m <= largest]:
-            for times in TIMES:
-                command = [sys.executable, __file__, "--single", f"{loop},{millions:g},{times}"]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(done.stderr[-3000:])
-                measured = found[loop, millions, times] = json.loads(done.stdout.splitlines()[-1])
-                tokens = TEXTS * (PROMPT + RESPONSE) * times
-                print(
-                    f"{loop:4} {millions:>6g} M {tokens:>7} {measured['seconds']:>9.3f} {measured['mib']:>7.0f}",
-                    flush=True,
-                )
-            slopes = [
-                np.polyfit(np.log(TIMES), np.log([found[loop, millions, t][w] for t in TIMES]), 1)[0]
-                for w in ("seconds", "mib")
-            ]
-            print(
-                f"{loop:4} {millions:>6g} M slope in tokens: seconds {slopes[0]:.2f}, memory {slopes[1]:.2f}",
-                flush=True,
-            )
     (HERE / ".against").mkdir(exist_ok=True)
+    kept = HERE / ".against" / "growth.json"
+    measured = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in [f"{loop},{size},{times}" for size in sizes.split(",") for loop in LOOPS for times in TIMES]:
+        if name not in measured:
+            command = [sys.executable, __file__, "--single", name]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr[-3000:])
+            measured[name] = json.loads(done.stdout.splitlines()[-1])
+            kept.write_text(json.dumps(measured, indent=1))
+        loop, size, times = name.split(",")
+        took = measured[name]
+        print(
+            f"{loop:4} {size:>5} M {TOKENS * int(times):>6} tokens {took['seconds']:>9.3f} s {took['mib']:>7.0f} MiB",
+            flush=True,
+        )
+    names = {name: name.split(",") for name in measured}
+    found = {(loop, known[size], int(times)): measured[name] for name, (loop, size, times) in names.items()}
     draw(found, HERE / ".against" / "growth.png")
+    print("\n" + table(found))
 
 
 if __name__ == "__main__":
