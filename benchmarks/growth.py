@@ -91,6 +91,8 @@ def draw(found: dict[tuple[str, float, int], dict], path: Path) -> None:
                     f"{millions:g} M", (tokens[-1], values[-1]), xytext=(4, -3), textcoords="offset points", fontsize=8
                 )
             place.set_xlim(right=TOKENS * TIMES[-1] * 1.8)
+            place.set_xticks([TOKENS * t for t in TIMES], [f"{TOKENS * t:,}" for t in TIMES])
+            place.minorticks_off()
             if row == 0:
                 place.set_title(loop)
             else:

@@ -88,7 +88,7 @@ def tiny(size: Size) -> Material:
 def small(folder: Path, size: Size) -> Material:
     """The built-in model and texts of a reproduced run."""
     model, tokenizer = models.load_learner(folder / "models" / "sft-0")
-    reward = heads.load_scorer(folder / "models" / "reward-0").model
+    reward = heads.load_scorer(folder / "models" / "reward-0").model.requires_grad_(True)
     count = size.batch * (size.updates + 2)
     rows = tables.read_table(folder / "data" / "pairs-0.parquet", "pairs", "train").head(count)
     asked = tables.read_table(folder / "data" / "prompts.parquet", "prompts", "train").head(count)
