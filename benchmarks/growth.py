@@ -4,7 +4,7 @@
 
 Llamas of 0.3, 3, 30 and 135 M weights, drawn at random, each on 512 tokens of eight texts, and on 2, 4 and 8 times as many texts. Every
 measurement is a process of its own, under the project's fixed arithmetic: one update of warm-up, then two that are timed; of the two
-largest, whose updates take minutes, one, without warm-up. Memory is the most that the process held. What is measured is kept in
+largest, whose updates take up to minutes, one, without warm-up. Memory is the most that the process held. What is measured is kept in
 benchmarks/.against/growth.json, and a run that breaks off goes on from there; remove the file to measure again, and before another machine
 measures. Prints each measurement, and a table with the slopes of log(seconds) and log(memory) in log(tokens): 1 is linear. The figure goes
 to benchmarks/.against/growth.png.
