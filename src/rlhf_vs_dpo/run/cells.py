@@ -10,6 +10,7 @@ another, and gives the same bytes.
     CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, or RLHF_PROCESSES of them; with RLHF_LAUNCH, all
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_vs_dpo.errors import ParamsError, UserError
-from rlhf_vs_dpo.run import recorder, shortage
+from rlhf_vs_dpo.run import preloaded, recorder, shortage
 from rlhf_vs_dpo.run.launch import end_with_parent, gpus
 
 LOGS = Path("logs")
@@ -45,7 +46,9 @@ def main(file: str = "dvc.yaml") -> int:
     if not waiting and not tail:
         print("Everything is up to date.")
         return 0
-    with recorder.shared(LOGS / "mlflow.log"):
+    several = sum(len(lane) for wave in waiting for lane in wave) + len(tail) > 1
+    libraries = preloaded.shared(LOGS / "preloaded.log") if several else contextlib.nullcontext()
+    with recorder.shared(LOGS / "mlflow.log"), libraries:
         return run(waiting, tail, jobs, devices)
 
 

@@ -1,0 +1,218 @@
+"""Under `make repro`, stages are forks of one process that has imported their libraries already.
+
+Importing torch, transformers, pandas and pandera takes 3 to 4 s of a core, in each of some forty stages of which most take less than 20 s.
+A stage that finds such a process (PLACE, in its environment) hands its command over: words, environment, folder and open files go there,
+and it ends as the fork ends. A stage by itself (`dvc repro`, or by hand) imports what it needs. Both compute the same: the libraries are
+loaded with the same fixed arithmetic (`arithmetic`), and nothing is computed before the fork. The modules of this project are
+imported after it, so that what runs is what DVC has just hashed.
+
+    stage, as DVC starts it      passes SIGTERM on, and waits; when it is killed, the fork is told SIGTERM
+    the process with libraries   forks, for each stage that comes, a keeper; ends when `make repro` has ended
+    keeper                       forks the stage, tells it what was passed on, and says how it ended
+    fork                         runs the command; it hears Ctrl-C itself, and ends with its keeper
+
+Linux without a GPU only: elsewhere fork after import is not safe, and a process that has looked at CUDA can have no forks that use it.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_vs_dpo.run import arithmetic
+
+PLACE = "RLHF_PRELOADED"  # the socket of the process with the libraries
+LIBRARIES = (
+    "typer",
+    "filelock",
+    "ruamel.yaml",
+    "pydantic",
+    "torch",
+    "pandas",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "pandera.pandas",
+    "scipy.stats",
+    "safetensors.torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.tokenization_utils_tokenizers",
+)
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def hand_over() -> None:
+    """Let a fork run this command, and end as it ends. Returns where nobody is there to do so."""
+    place = os.environ.get(PLACE)
+    if not place:
+        return
+    environment = {name: value for name, value in os.environ.items() if name != PLACE}
+    if not arithmetic.native():
+        environment = arithmetic.fixed_environment(environment)
+    asked = {"words": sys.argv, "environment": environment, "folder": os.getcwd()}
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.connect(place)
+        socket.send_fds(line, [b"\n"], [0, 1, 2])
+        line.sendall(json.dumps(asked).encode() + b"\n")
+        answers = line.makefile("r")
+        begun = answers.readline()
+    except OSError:  # it is not there yet, or no more
+        begun = ""
+    if not begun:
+        line.close()
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: line.send(b"\n"))
+    ended = answers.readline()
+    status = int(ended) if ended else -signal.SIGTERM  # its keeper was killed
+    if status < 0:  # a signal ended it
+        if status != -signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+@contextmanager
+def shared(log: Path) -> Iterator[None]:
+    """One process with the libraries for all stages that are started meanwhile; what it prints goes to `log`."""
+    if not possible():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
+        place = str(Path(folder) / "preloaded")  # the path of a socket must be short
+        path = os.pathsep.join(["src", *filter(None, [os.environ.get("PYTHONPATH")])])  # as dvc.yaml starts stages
+        # Of the same group of processes: Ctrl-C reaches the forks. It ends when its input has ended, also where this is killed.
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf_vs_dpo.run.preloaded", place],
+                stdin=subprocess.PIPE, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": path},
+            )  # fmt: skip
+        os.environ[PLACE] = place
+        try:
+            yield
+        finally:
+            os.environ.pop(PLACE, None)
+            process.kill()  # keepers and stages that still run stay
+            process.communicate()
+
+
+def possible() -> bool:
+    """Whether forks can take over what this machine's stages do."""
+    from rlhf_vs_dpo.run.launch import gpus
+
+    if not sys.platform.startswith("linux") or gpus():
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # Linux before 5.3
+        return False
+    return True
+
+
+# ---- the other end ---------------------------------------------------------------------------------------------------
+
+
+def serve(door: socket.socket) -> bool:
+    """Fork for whoever comes, until the standard input ends. Returns False then; and True in a fork that is to run `sys.argv`."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    while True:
+        ready, _, _ = select.select([door, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return False
+        line, _ = door.accept()
+        if os.fork() == 0:
+            door.close()
+            return keep(line)
+        line.close()
+
+
+def keep(line: socket.socket) -> bool:
+    """A keeper: fork a stage, and attend to it until it ends. Does not return; True in the fork."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        _, files, _, _ = socket.recv_fds(line, 1, 3)
+        asked = json.loads(line.makefile("r").readline())
+        line.sendall(b"begun\n")
+    except (OSError, ValueError):  # whoever asked was killed
+        os._exit(1)
+    stage = os.fork()
+    if stage == 0:
+        line.close()
+        become(asked["words"], asked["environment"], asked["folder"], files)
+        return True
+    for file in files:
+        os.close(file)
+    watched: list[int | socket.socket] = [os.pidfd_open(stage), line]
+    while True:
+        ready, _, _ = select.select(watched, [], [])
+        if line in ready:
+            with contextlib.suppress(OSError):
+                if not line.recv(64):
+                    watched.remove(line)  # whoever asked was killed
+            os.kill(stage, signal.SIGTERM)
+        if watched[0] in ready:
+            break
+    _, status = os.waitpid(stage, 0)
+    with contextlib.suppress(OSError):
+        line.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def become(words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> None:
+    """Be the process that was asked for, but for what is imported."""
+    for place, file in enumerate(files):
+        os.dup2(file, place)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv, sys.orig_argv = words, [sys.executable, *words]
+    sys.path[0] = str(Path(words[0]).resolve().parent)
+    # Here since before the fork, they would be those of then; all others of this project are imported by the stage.
+    for name in [name for name in sys.modules if name.startswith("rlhf_vs_dpo")]:
+        del sys.modules[name]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def load() -> None:
+    """Import the libraries, and what pandera imports when it first sees a table."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    import pandas as pd
+    import pandera.pandas as pa
+
+    pa.DataFrameSchema({"seed": pa.Column(int)}).validate(pd.DataFrame({"seed": [0]}))
+
+
+def main() -> bool:
+    """Import, then serve at the place that is given: stages that start meanwhile import for themselves. True in a fork that is to run `sys.argv`."""
+    arithmetic.fix()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    load()
+    gc.collect()
+    gc.freeze()  # so that forks share what is there
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(sys.argv[1])
+        door.listen(64)
+        return serve(door)
+
+
+if __name__ == "__main__" and main():
+    runpy.run_path(str(Path(sys.argv[0]).absolute()), run_name="__main__")
