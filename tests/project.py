@@ -78,7 +78,7 @@ def change(folder: Path, path: str, value: Any) -> None:
 
 def planned() -> set[str]:
     """Stages that `make repro` would bring up to date in this folder."""
-    waves, tail = cells.plan()
+    waves, tail, _ = cells.plan()
     return {name for wave in waves for lane in wave for name in lane} | set(tail)
 
 

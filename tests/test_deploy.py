@@ -88,7 +88,7 @@ def test_scripts_are_shell_and_yaml():
 def test_waves_are_printed_for_other_schedulers(monkeypatch, capsys):
     monkeypatch.setattr(cells, "repair", lambda: None)
     monkeypatch.setattr(cells, "checked", lambda: 0)
-    monkeypatch.setattr(cells, "plan", lambda: ([[["a", "b"], ["alone"]], [["c"], ["d"]]], ["e", "f"]))
+    monkeypatch.setattr(cells, "plan", lambda: cells.Plan([[["a", "b"], ["alone"]], [["c"], ["d"]]], ["e", "f"], {}))
     cells.show_waves()
     assert capsys.readouterr().out == "a,b alone\nc d\ne,f\n"
 

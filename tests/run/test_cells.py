@@ -99,17 +99,43 @@ def test_one_stage_after_another_is_a_lane_and_what_stands_alone_runs_beside_it(
     graph["start"]["deps"].append("before.out")
     (folder / "dvc.yaml").write_text(json.dumps({"stages": graph}))
     with inside(folder):
-        waves, tail = cells.plan()
+        waves, tail, needs = cells.plan()
         assert waves == [[["before", "start"], ["alone"]], [["a"], ["b"]]]
         assert tail == ["end", "middle", "last"]
+        assert needs["a"] == {"start", "before"} and needs["alone"] == set() and len(needs["last"]) == 6
     status, output = all_of(folder)
     assert status == 0 and "5 cells, 2 at once" in output, output
     with inside(folder):
-        assert cells.plan() == ([], [])
+        assert cells.plan() == ([], [], {})
         (folder / "alone.out").unlink()
-        assert cells.plan() == ([], ["alone"])  # a single stage runs before one's eyes
+        assert cells.plan()[:2] == ([], ["alone"])  # a single stage runs before one's eyes
         (folder / "last.out").unlink()
-        assert cells.plan() == ([[["alone"], ["last"]]], [])
+        assert cells.plan()[:2] == ([[["alone"], ["last"]]], [])
+
+
+def test_a_stage_starts_when_what_it_needs_is_done_and_first_what_most_wait_for(tmp_path):
+    """start -> quick, slow; quick -> after, other; after -> last, more: none of them waits for slow, and `after` comes before `other`."""
+    folder = toy(tmp_path / "toy")
+    like = json.loads((folder / "dvc.yaml").read_text())["stages"]["a"]
+    seconds = {"start": 0.0, "slow": 15.0}
+    deps = {"start": [], "quick": ["start"], "slow": ["start"], "other": ["quick"], "after": ["quick"], "last": ["after"], "more": ["after"]}  # fmt: skip
+    deps["end"] = ["slow", "other", "last", "more"]
+    stages = {
+        name: like
+        | {"cmd": f"exec {sys.executable} stage.py {name}.out {seconds.get(name, 0.1)}"}
+        | {"deps": ["stage.py", *(f"{dep}.out" for dep in needed)], "outs": [f"{name}.out"]}
+        for name, needed in deps.items()
+    }
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    status, output = all_of(folder)
+    assert status == 0, output
+    began = [line.split()[2] for line in output.splitlines() if line.endswith(" starts")]
+    assert began[0] == "start" and set(began[1:3]) == {"quick", "slow"}
+    assert began[3:] == ["after", "other", "last", "more"]
+    assert output.index("more done") < output.index("slow done")
+    assert [line.split()[1] for line in output.splitlines() if line.endswith(" starts")] == [
+        f"{n}/7" for n in range(1, 8)
+    ]
 
 
 def test_a_failure_starts_nothing_new_finishes_what_runs_and_is_shown_last(tmp_path):
@@ -219,7 +245,7 @@ def test_what_stands_alone_takes_no_gpu_from_the_stages_before_the_first_wave(tm
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         with inside(folder):
-            assert cells.plan() == (waves, ["end"])
+            assert cells.plan()[:2] == (waves, ["end"])
     assert all_of(folder, CUDA_VISIBLE_DEVICES="4,5")[0] == 0
     assert (folder / "start.out").read_text().split()[1] == "4,5"
 

@@ -198,7 +198,7 @@ def test_trials_are_runs_of_mlflow_under_the_search_that_made_them(made):
 
 def test_the_comparison_and_the_study_leave_each_other_alone(made):
     with inside(made, **ENV):
-        waves, tail = cells.plan("tuning/dvc.yaml")
+        waves, tail, _ = cells.plan("tuning/dvc.yaml")
         study = {name for wave in waves for lane in wave for name in lane} | set(tail)
         comparison = planned()
     assert not any(name.startswith("tuning/") for name in comparison)

@@ -1,10 +1,10 @@
 """`make repro`: the whole graph, with cells that do not depend on each other side by side.
 
 DVC says what depends on what and what has changed; its locks let several `dvc repro` work in one folder; `xargs -P` starts
-them. Stages are taken in waves: all whose dependencies are done. First waves of one stage each are one lane, and what stands alone
-runs beside it. A line says when a cell starts and ends; what it prints goes to logs/<cell>.log. After a failure nothing new
-starts, what runs is finished, and the first failure is shown last. `dvc repro` alone does the same work one stage after
-another, and gives the same bytes.
+them. A stage starts as soon as what it needs is done, and first come those on which most others wait; the first stages, which have no
+other beside them, are one lane, and what stands alone runs beside it. A line says when a cell starts and ends; what it prints goes
+to logs/<cell>.log. After a failure nothing new starts, what runs is finished, and the first failure is shown last. `dvc repro` alone
+does the same work one stage after another, and gives the same bytes.
 
     JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs for them
     CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, or RLHF_PROCESSES of them; with RLHF_LAUNCH, all
@@ -19,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_vs_dpo.errors import ParamsError, UserError
 from rlhf_vs_dpo.run import preloaded, recorder, shortage
@@ -29,6 +30,7 @@ from rlhf_vs_dpo.run.launch import end_with_parent, gpus
 LOGS = Path("logs")
 FIRST_FAILURE = Path(".dvc/tmp/rlhf-first-failure.json")
 SHOWN = 30  # lines of a failed cell's log
+ENDED = "RLHF_ENDED"  # where a lane says that it has ended: the number of an open file
 
 
 def main(file: str = "dvc.yaml") -> int:
@@ -38,54 +40,83 @@ def main(file: str = "dvc.yaml") -> int:
     jobs, devices = how_many(), gpus()
     if status := checked():
         return status
-    waiting, tail = plan(file)  # before anything is removed: it refuses where another run is at work
+    todo = plan(file)  # before anything is removed: it refuses where another run is at work
     FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
     FIRST_FAILURE.unlink(missing_ok=True)
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir()
-    if not waiting and not tail:
+    if not todo.waves and not todo.tail:
         print("Everything is up to date.")
         return 0
-    several = sum(len(lane) for wave in waiting for lane in wave) + len(tail) > 1
-    libraries = preloaded.shared(LOGS / "preloaded.log") if several else contextlib.nullcontext()
+    libraries = preloaded.shared(LOGS / "preloaded.log") if len(todo.needs) > 1 else contextlib.nullcontext()
     with recorder.shared(LOGS / "mlflow.log"), libraries:
-        return run(waiting, tail, jobs, devices)
+        return run(todo, jobs, devices)
 
 
-def run(waiting: list[list[list[str]]], tail: list[str], jobs: int, devices: list[str]) -> int:
-    """Run stages, wave after wave, then the tail; returns the exit status of the first that failed, or 0."""
-    total, done = sum(len(lane) for wave in waiting for lane in wave), 0
+def run(todo: "Plan", jobs: int, devices: list[str]) -> int:
+    """Run stages, then the tail; returns the exit status of the first that failed, or 0."""
+    number = itertools.count(1)
+    total = sum(len(lane) for wave in todo.waves for lane in wave)
     if total:
         print(f"{total} cells, {jobs} at once; what each prints goes to {LOGS}/", flush=True)
-    for wave in waiting:
-        numbered = []
-        for lane in wave:
-            numbered.append(" ".join(f"{done + i}/{total} {cell}" for i, cell in enumerate(lane, 1)))
-            done += len(lane)
-        if status := side_by_side(numbered, jobs, devices):
+    # A stage that has no other beside it takes all GPUs.
+    first = [wave for wave in todo.waves[:1] if len(devices) > 1 and (len(wave) == 1 or max(map(len, wave)) > 1)]
+    for lanes in (first, todo.waves[len(first) :]):
+        if status := side_by_side(
+            list(itertools.chain(*lanes)), todo.needs, jobs, devices, lambda: f"{next(number)}/{total}"
+        ):
             return status
-    if not tail:
+    if not todo.tail:
         return 0
-    command = ["dvc", "--wait-for-lock", "repro", "--single-item", *tail]
+    command = ["dvc", "--wait-for-lock", "repro", "--single-item", *todo.tail]
     return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
 
 
-def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
-    """Run lanes of cells (`3/40 rl@ppo-0`), `jobs` at once; returns 0, or the exit status of the first that failed, having shown it."""
+def side_by_side(
+    lanes: list[list[str]], needs: dict[str, set[str]], jobs: int, devices: list[str], number: Callable[[], str]
+) -> int:
+    """Run lanes of cells, `jobs` at once, each when what its cells need of other lanes is done, and first those on which most others wait.
+
+    `number` is said before a cell. Returns 0, or the exit status of the first that failed, having shown it.
+    """
+    if not lanes:
+        return 0
     command = ["xargs", "-P", str(jobs), "-I", "{}"]
     environment = dict(os.environ)
     if len(devices) > 1 and len(lanes) > 1:
         command.append("--process-slot-var=RLHF_SLOT")  # which of the `jobs` a cell is: 0, 1, ...
         environment["RLHF_GPUS"] = " ".join(shares(devices))
+    here = set(itertools.chain(*lanes))
+    waiting_for = {lane[-1]: sum(lane[-1] in below for below in needs.values()) for lane in lanes}
+    lanes = sorted(lanes, key=lambda lane: -waiting_for[lane[-1]])  # those of one number stay in the order of dvc.yaml
     interrupted = []
     # Ctrl-C reaches every process. The cells end by it; xargs, and this, wait for them.
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    hear, tell = os.pipe()  # a lane that has ended says so
+    environment[ENDED] = str(tell)
     try:
         running = subprocess.Popen(
             [*command, sys.executable, "-m", "rlhf_vs_dpo.run.cells", "{}"],
-            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_deaf_and_tied,
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, pass_fds=[tell],
+            preexec_fn=_deaf_and_tied,
         )  # fmt: skip
-        _, complaint = running.communicate("\n".join(lanes) + "\n")
+        os.close(tell)
+        assert running.stdin is not None  # a pipe
+        with open(hear) as ended:
+            with contextlib.suppress(BrokenPipeError):  # xargs ends when a cell is killed
+                free = jobs
+                while lanes:
+                    ready = [lane for lane in lanes if not any(needs[cell] & here - {*lane} for cell in lane)][:free]
+                    for lane in ready:
+                        lanes.remove(lane)
+                        print(*(f"{number()} {cell}" for cell in lane), file=running.stdin, flush=True)
+                    free -= len(ready)
+                    status, *cells = ended.readline().split() or ["killed"]
+                    if status != "0":
+                        break
+                    here -= {*cells}
+                    free += 1
+            _, complaint = running.communicate()
     finally:
         signal.signal(signal.SIGINT, before)
     if interrupted:
@@ -111,8 +142,11 @@ def side_by_side(lanes: list[str], jobs: int, devices: list[str]) -> int:
 def one_after_another(cells: str) -> int:
     """Run cells one after another; called by xargs with `1/40 data 2/40 base`."""
     end_with_parent()
-    words = cells.split()
-    return next((1 for number, name in zip(words[::2], words[1::2], strict=True) if one(number, name)), 0)
+    told, words = os.environ.pop(ENDED, None), cells.split()
+    status = next((1 for number, name in zip(words[::2], words[1::2], strict=True) if one(number, name)), 0)
+    if told is not None:
+        os.write(int(told), " ".join([str(status), *words[1::2]]).encode() + b"\n")
+    return status
 
 
 def one(number: str, name: str) -> int:
@@ -166,11 +200,21 @@ def checked() -> int:
     return subprocess.run(check, check=False, preexec_fn=end_with_parent).returncode
 
 
-def plan(file: str = "dvc.yaml") -> tuple[list[list[list[str]]], list[str]]:
-    """Names of the stages that are not up to date, and of all that follow from them: waves of lanes that can run side by side, and a tail.
+class Plan(NamedTuple):
+    """What is to be run: names of stages that are not up to date, and of all that follow from them.
 
-    Those of `file`, and what they need. A lane is stages one after another; the tail is one that runs last and before one's eyes.
+    waves   each of lanes that can run side by side when the waves before it are done; a lane is stages one after another
+    tail    a lane that runs last, and before one's eyes
+    needs   of each of these stages all those of them that must be done before it
     """
+
+    waves: list[list[list[str]]]
+    tail: list[str]
+    needs: dict[str, set[str]]
+
+
+def plan(file: str = "dvc.yaml") -> Plan:
+    """What has to be run of the stages of `file`, and of what they need."""
     import networkx
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -206,7 +250,8 @@ def plan(file: str = "dvc.yaml") -> tuple[list[list[list[str]]], list[str]]:
             lanes[beside] += [[stage.addressing] for stage in alone]
         if sum(map(len, lanes)) == 1:
             tail = lanes.pop()[0] + tail
-        return lanes, tail
+        needs = {stage.addressing: {of.addressing for of in networkx.descendants(waiting, stage)} for stage in stale}
+        return Plan(lanes, tail, needs)
 
 
 def show_waves() -> None:
@@ -214,7 +259,7 @@ def show_waves() -> None:
     repair()
     if status := checked():
         sys.exit(status)
-    waves, tail = plan()
+    waves, tail, _ = plan()
     for wave in [*waves, [tail]] if tail else waves:
         print(*(",".join(lane) for lane in wave))
 
