@@ -171,6 +171,13 @@ def test_a_fork_never_outlives_its_stage(how, there, tmp_path):
     until(lambda: gone(keeper))
 
 
+def test_a_stage_of_another_python_imports_its_own_libraries(there, tmp_path):
+    path = script(tmp_path, "print(forked)")
+    path.write_text("import sys\nsys.prefix = 'another one'\n" + path.read_text())
+    stage = start(path, there | {"RLHF_NATIVE": "1"})  # which does not replace itself
+    assert stage.communicate(timeout=60)[0] == "False\n" and stage.returncode == 0
+
+
 def test_without_such_a_process_a_stage_imports_for_itself(tmp_path):
     path = script(tmp_path, "print(forked)")
     stage = start(path, ENV | {preloaded.PLACE: str(tmp_path / "gone")})

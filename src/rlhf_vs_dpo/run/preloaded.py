@@ -63,7 +63,7 @@ def hand_over() -> None:
     environment = {name: value for name, value in os.environ.items() if name != PLACE}
     if not arithmetic.native():
         environment = arithmetic.fixed_environment(environment)
-    asked = {"words": sys.argv, "environment": environment, "folder": os.getcwd()}
+    asked = {"words": sys.argv, "environment": environment, "folder": os.getcwd(), "python": sys.prefix}
     line = socket.socket(socket.AF_UNIX)
     try:
         line.connect(place)
@@ -77,7 +77,12 @@ def hand_over() -> None:
         line.close()
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: line.send(b"\n"))
+
+    def pass_on(*_: object) -> None:
+        with contextlib.suppress(OSError):
+            line.send(b"\n")
+
+    signal.signal(signal.SIGTERM, pass_on)
     ended = answers.readline()
     status = int(ended) if ended else -signal.SIGTERM  # its keeper was killed
     if status < 0:  # a signal ended it
@@ -147,6 +152,8 @@ def keep(line: socket.socket) -> bool:
     try:
         _, files, _, _ = socket.recv_fds(line, 1, 3)
         asked = json.loads(line.makefile("r").readline())
+        if asked["python"] != sys.prefix:  # whose libraries are others
+            os._exit(0)
         line.sendall(b"begun\n")
     except (OSError, ValueError):  # whoever asked was killed
         os._exit(1)
