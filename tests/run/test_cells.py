@@ -50,6 +50,8 @@ def toy(folder: Path, seconds: float = 0.3, failing: str | None = None, between:
 
 
 def start(folder: Path, **env: str) -> subprocess.Popen:
+    """`make repro`, as on a machine with one GPU: there is no waiting for a process with libraries that no stage here needs."""
+    env = {"CUDA_VISIBLE_DEVICES": "0"} | env
     return subprocess.Popen(
         [sys.executable, "-m", "rlhf_vs_dpo.run.cells"], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV | {"JOBS": "2"} | env,

@@ -57,10 +57,10 @@ LIBRARIES = (
 
 def hand_over() -> None:
     """Let a fork run this command, and end as it ends. Returns where nobody is there to do so."""
-    place = os.environ.get(PLACE)
+    place = os.environ.pop(PLACE, None)  # whatever this process starts is a process of its own
     if not place:
         return
-    environment = {name: value for name, value in os.environ.items() if name != PLACE}
+    environment = dict(os.environ)
     if not arithmetic.native():
         environment = arithmetic.fixed_environment(environment)
     asked = {"words": sys.argv, "environment": environment, "folder": os.getcwd(), "python": sys.prefix}
@@ -154,14 +154,15 @@ def keep(line: socket.socket) -> bool:
         asked = json.loads(line.makefile("r").readline())
         if asked["python"] != sys.prefix:  # whose libraries are others
             os._exit(0)
-        line.sendall(b"begun\n")
     except (OSError, ValueError):  # whoever asked was killed
         os._exit(1)
-    stage = os.fork()
+    stage = os.fork()  # where memory is short it may fail: nothing has begun then
     if stage == 0:
         line.close()
         become(asked["words"], asked["environment"], asked["folder"], files)
         return True
+    with contextlib.suppress(OSError):
+        line.sendall(b"begun\n")
     for file in files:
         os.close(file)
     watched: list[int | socket.socket] = [os.pidfd_open(stage), line]

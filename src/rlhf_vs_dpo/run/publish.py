@@ -40,9 +40,7 @@ def _publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str]
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
-    from rlhf_vs_dpo.run import profiles
-
-    client, known, profile = store.client(), locked(), profiles.current()
+    client, known = store.client(), locked()
     versions: dict[str, str] = {}
 
     def sure(action: Callable[[], Any]) -> Any:
@@ -53,7 +51,7 @@ def _publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str]
         found = client.get_run(run_id)
         if found.info.lifecycle_stage == "deleted":
             raise MlflowException("the run has been deleted", error_code=RESOURCE_DOES_NOT_EXIST)
-        _put(entry, found, known, profile)
+        _put(entry, found, known)
         if md5 := known.get(f"models/{entry['folder']}"):
             versions[entry["folder"]] = _register(entry, run_id, md5)
 
@@ -77,8 +75,10 @@ def _publish(entries: list[dict[str, Any]], axes: list[str], say: Callable[[str]
         say(f"best on validation prompts: {best} ({judged[best]:.2f}); MLflow model {REGISTERED}@best")
 
 
-def _put(entry: dict[str, Any], run: Any, known: dict[str, str], profile: str) -> None:
+def _put(entry: dict[str, Any], run: Any, known: dict[str, str]) -> None:
     """Metrics, parameters, samples and the experiments that used it, onto the run of a policy."""
+    from rlhf_vs_dpo.run import profiles
+
     client, run_id = store.client(), run.info.run_id
     # MLflow appends: what a run has already is not said again when evaluation runs again.
     told = {(key, 0): value for key, value in run.data.metrics.items() if key in entry["metrics"]}
@@ -92,7 +92,7 @@ def _put(entry: dict[str, Any], run: Any, known: dict[str, str], profile: str) -
     settings = store.params({"method": entry["settings"]})
     client.log_batch(run_id, params=[param for param in settings if param.key not in run.data.params])
     # A run that the run cache brought back was made under another profile, or in another experiment: it belongs to both.
-    for tag, value in (("profiles", profile), ("dvc.exps", os.environ.get("DVC_EXP_NAME"))):
+    for tag, value in (("profiles", profiles.current()), ("dvc.exps", os.environ.get("DVC_EXP_NAME"))):
         before = run.data.tags.get(tag, "").split()
         if value and value not in before:
             client.set_tag(run_id, tag, " ".join([*before, value]))
