@@ -200,6 +200,23 @@ def test_nothing_runs_on_and_nothing_is_lost_when_something_is_killed(tmp_path, 
     assert "start starts" not in output
 
 
+def test_after_an_early_ctrl_c_nothing_starts(tmp_path):
+    process = start(toy(tmp_path / "toy", seconds=5.0))
+    assert "3 cells" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and " done" not in said and "a starts" not in said, said
+    until(lambda: not alive(tmp_path / "toy"), 20)
+
+
+def test_when_nobody_reads_any_more_it_ends(tmp_path):
+    process = start(toy(tmp_path / "toy"))
+    process.stdout.readline()
+    process.stdout.close()  # `make repro | head -1`
+    assert process.wait(60) != 0
+    until(lambda: not alive(tmp_path / "toy"), 20)
+
+
 def test_with_several_gpus_each_cell_has_one(tmp_path):
     folder = toy(tmp_path / "toy")
     assert all_of(folder, CUDA_VISIBLE_DEVICES="4,5")[0] == 0

@@ -1,7 +1,9 @@
 """Stages as forks of a process that has their libraries: they are what they would be by themselves, to the bit, and end as those end."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,7 +63,7 @@ def script(folder: Path, body: str) -> Path:
 
 def start(path: Path, env: dict[str, str], *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, path.name, *words], cwd=path.parent, env=env, text=True, start_new_session=True,
+        [sys.executable, path.name, *words], cwd=path.parent, env=env, text=True, start_new_session=True, umask=0o027,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -73,6 +75,7 @@ def test_a_fork_is_what_the_stage_would_be(there, tmp_path):
 print(word, sys.argv[1:], sys.orig_argv[1:], os.getcwd(), sys.path[0], __name__, __file__)
 print(sorted((k, v) for k, v in os.environ.items() if k != "RLHF_PRELOADED"), signal.getsignal(signal.SIGTERM))
 print("said", file=sys.stderr)
+print(oct(os.umask(0)), sys.path[1:])
 Path("own.txt").write_text(f"{forked} {own}")
 """,
     )
@@ -169,6 +172,37 @@ def test_a_fork_never_outlives_its_stage(how, there, tmp_path):
     assert stage.returncode == expected[how], said
     assert (tmp_path / "heard").exists() == (how != "Ctrl-C")
     until(lambda: gone(keeper))
+
+
+@pytest.mark.parametrize("how", ["told to end", "gone"])
+def test_what_a_stage_is_told_before_its_fork_listens_is_not_lost(how, there, tmp_path):
+    path = script(tmp_path, "Path('began').touch()\ntime.sleep(2)\nPath('written').touch()")
+    environment = {k: v for k, v in there.items() if k != preloaded.PLACE}
+    asked = {"words": [str(path)], "environment": environment, "folder": str(tmp_path), "python": sys.prefix, "path": [str(ROOT / "src"), *sys.path], "umask": 0o022}  # fmt: skip
+    with open(os.devnull, "r+") as nothing:
+        for _ in range(5):
+            line = socket.socket(socket.AF_UNIX)
+            line.connect(there[preloaded.PLACE])
+            socket.send_fds(line, [b"\n"], [nothing.fileno()] * 3)
+            line.sendall(json.dumps(asked).encode() + b"\n")
+            answers = line.makefile("r")
+            assert answers.readline() == "begun\n"
+            if how == "gone":
+                answers.close()
+                line.close()
+            else:
+                line.sendall(b"\n")
+                assert answers.readline() == f"{-signal.SIGTERM}\n"
+                line.close()
+    time.sleep(4)
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_stage_whose_input_is_closed_is_no_fork(there, tmp_path):
+    path = script(tmp_path, "print(forked)")
+    command = f"exec {sys.executable} {path.name} <&-"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=there, text=True, capture_output=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_stage_of_another_python_imports_its_own_libraries(there, tmp_path):

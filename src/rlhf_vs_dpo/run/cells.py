@@ -1,10 +1,9 @@
 """`make repro`: the whole graph, with cells that do not depend on each other side by side.
 
-DVC says what depends on what and what has changed; its locks let several `dvc repro` work in one folder; `xargs -P` starts
-them. A stage starts as soon as what it needs is done, and first come those on which most others wait; the first stages, which have no
-other beside them, are one lane, and what stands alone runs beside it. A line says when a cell starts and ends; what it prints goes
-to logs/<cell>.log. After a failure nothing new starts, what runs is finished, and the first failure is shown last. `dvc repro` alone
-does the same work one stage after another, and gives the same bytes.
+DVC says what depends on what and what has changed; its locks let several `dvc repro` work in one folder. A stage starts as soon as what it
+needs is done, and first come those on which most others wait. A line says when a cell starts and ends; what it prints goes to
+logs/<cell>.log. After a failure, or Ctrl-C, nothing new starts; after a failure what runs is finished, and the first failure is shown
+last. `dvc repro` alone does the same work one stage after another, and gives the same bytes.
 
     JOBS                    cells at once: by default as many as there are cores (of the container, of the affinity), or GPUs for them
     CUDA_VISIBLE_DEVICES    with several GPUs each cell gets one of them, or RLHF_PROCESSES of them; with RLHF_LAUNCH, all
@@ -28,9 +27,8 @@ from rlhf_vs_dpo.run import preloaded, recorder, shortage
 from rlhf_vs_dpo.run.launch import end_with_parent, gpus
 
 LOGS = Path("logs")
-FIRST_FAILURE = Path(".dvc/tmp/rlhf-first-failure.json")
 SHOWN = 30  # lines of a failed cell's log
-ENDED = "RLHF_ENDED"  # where a lane says that it has ended: the number of an open file
+LOOK_SECONDS = 0.05  # between two looks at who has ended
 
 
 def main(file: str = "dvc.yaml") -> int:
@@ -41,13 +39,11 @@ def main(file: str = "dvc.yaml") -> int:
     if status := checked():
         return status
     todo = plan(file)  # before anything is removed: it refuses where another run is at work
-    FIRST_FAILURE.parent.mkdir(parents=True, exist_ok=True)
-    FIRST_FAILURE.unlink(missing_ok=True)
-    shutil.rmtree(LOGS, ignore_errors=True)
-    LOGS.mkdir()
     if not todo.waves and not todo.tail:
         print("Everything is up to date.")
         return 0
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir()
     libraries = preloaded.shared(LOGS / "preloaded.log") if len(todo.needs) > 1 else contextlib.nullcontext()
     with recorder.shared(LOGS / "mlflow.log"), libraries:
         return run(todo, jobs, devices)
@@ -61,10 +57,11 @@ def run(todo: "Plan", jobs: int, devices: list[str]) -> int:
         print(f"{total} cells, {jobs} at once; what each prints goes to {LOGS}/", flush=True)
     # A stage that has no other beside it takes all GPUs.
     first = [wave for wave in todo.waves[:1] if len(devices) > 1 and (len(wave) == 1 or max(map(len, wave)) > 1)]
-    for lanes in (first, todo.waves[len(first) :]):
-        if status := side_by_side(
-            list(itertools.chain(*lanes)), todo.needs, jobs, devices, lambda: f"{next(number)}/{total}"
-        ):
+    for waves in (first, todo.waves[len(first) :]):
+        lanes = list(itertools.chain(*waves))
+        places = shares(devices) if len(devices) > 1 and len(lanes) > 1 else []
+        cells = list(itertools.chain(*lanes))
+        if status := side_by_side(cells, todo.needs, jobs, places, lambda: f"{next(number)}/{total}"):
             return status
     if not todo.tail:
         return 0
@@ -72,117 +69,97 @@ def run(todo: "Plan", jobs: int, devices: list[str]) -> int:
     return subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
 
 
-def side_by_side(
-    lanes: list[list[str]], needs: dict[str, set[str]], jobs: int, devices: list[str], number: Callable[[], str]
-) -> int:
-    """Run lanes of cells, `jobs` at once, each when what its cells need of other lanes is done, and first those on which most others wait.
+class Cell:
+    """A cell that runs, its output into its log."""
 
-    `number` is said before a cell. Returns 0, or the exit status of the first that failed, having shown it.
+    def __init__(self, name: str, number: str, slot: int, places: list[str]):
+        self.name, self.number, self.slot, self.log = name, number, slot, _log(name)
+        self.started, self.killed_before = time.monotonic(), shortage.kills()
+        environment = dict(os.environ)
+        if places:
+            environment["CUDA_VISIBLE_DEVICES"] = places[slot % len(places)]
+        _say(f"{number:>7}  {name} starts")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                ["dvc", "--wait-for-lock", "repro", "--single-item", name],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, preexec_fn=end_with_parent,
+            )  # fmt: skip
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def ended(self, interrupted: bool) -> int | None:
+        """Exit status, said in a line; None while it runs."""
+        status = self.process.poll()
+        if status is None:
+            return None
+        took = _duration(time.monotonic() - self.started)
+        if status == 0:
+            said = self.said()
+            cached = "brought back from the cache" if "is cached" in said else "unchanged"
+            how = "done" if "Running stage" in said else cached
+            _say(f"{self.number:>7}  {self.name} {how}, {took}")
+            return 0
+        _say(f"{self.number:>7}  {self.name} {'interrupted' if interrupted else 'FAILED'} after {took}")
+        return status if 0 < status < 256 else 1
+
+    def show(self) -> None:
+        """The end of what a cell that failed has printed."""
+        said = self.said()
+        lines = (f"  {line}" for line in said.replace("\r", "\n").splitlines()[-SHOWN:])
+        print(f"\n{self.name} failed. The end of {self.log}:\n", *lines, sep="\n", file=sys.stderr)
+        if "exited with -9" in said and shortage.kills() > self.killed_before:
+            print(f"\nThe kernel has killed a process because memory ran out; {shortage.ADVICE}.", file=sys.stderr)
+        print("\n`make repro` goes on from here.", file=sys.stderr)
+
+
+def side_by_side(
+    cells: list[str], needs: dict[str, set[str]], jobs: int, places: list[str], number: Callable[[], str]
+) -> int:
+    """Run cells, `jobs` at once, each when what it needs of the others is done, and first those on which most others wait.
+
+    places    GPUs of the cells that run at once; none: each has those that are there
+    number    what is said before a cell
+
+    Returns 0, or the exit status of the first that failed, having shown it: nothing new starts then, and what runs is finished.
     """
-    if not lanes:
-        return 0
-    command = ["xargs", "-P", str(jobs), "-I", "{}"]
-    environment = dict(os.environ)
-    if len(devices) > 1 and len(lanes) > 1:
-        command.append("--process-slot-var=RLHF_SLOT")  # which of the `jobs` a cell is: 0, 1, ...
-        environment["RLHF_GPUS"] = " ".join(shares(devices))
-    here = set(itertools.chain(*lanes))
-    waiting_for = {lane[-1]: sum(lane[-1] in below for below in needs.values()) for lane in lanes}
-    lanes = sorted(lanes, key=lambda lane: -waiting_for[lane[-1]])  # those of one number stay in the order of dvc.yaml
-    interrupted = []
-    # Ctrl-C reaches every process. The cells end by it; xargs, and this, wait for them.
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    hear, tell = os.pipe()  # a lane that has ended says so
-    environment[ENDED] = str(tell)
+    undone = set(cells)
+    waiting_for = {cell: sum(cell in below for below in needs.values()) for cell in cells}
+    waiting = sorted(cells, key=lambda cell: -waiting_for[cell])  # those of one number stay in the order of dvc.yaml
+    running: list[Cell] = []
+    failure: tuple[Cell, int] | None = None
+    interrupted: list[bool] = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # it reaches DVC and stages, too
     try:
-        running = subprocess.Popen(
-            [*command, sys.executable, "-m", "rlhf_vs_dpo.run.cells", "{}"],
-            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, pass_fds=[tell],
-            preexec_fn=_deaf_and_tied,
-        )  # fmt: skip
-        os.close(tell)
-        assert running.stdin is not None  # a pipe
-        with open(hear) as ended:
-            with contextlib.suppress(BrokenPipeError):  # xargs ends when a cell is killed
-                free = jobs
-                while lanes:
-                    ready = [lane for lane in lanes if not any(needs[cell] & here - {*lane} for cell in lane)][:free]
-                    for lane in ready:
-                        lanes.remove(lane)
-                        print(*(f"{number()} {cell}" for cell in lane), file=running.stdin, flush=True)
-                    free -= len(ready)
-                    status, *cells = ended.readline().split() or ["killed"]
-                    if status != "0":
-                        break
-                    here -= {*cells}
-                    free += 1
-            _, complaint = running.communicate()
+        while running or (waiting and not failure and not interrupted):
+            if not failure and not interrupted:
+                ready = [cell for cell in waiting if not needs[cell] & undone][: jobs - len(running)]
+                for cell in ready:
+                    waiting.remove(cell)
+                    slot = min({*range(jobs)} - {other.slot for other in running})
+                    running.append(Cell(cell, number(), slot, places))
+            time.sleep(LOOK_SECONDS)
+            for cell in list(running):
+                status = cell.ended(bool(interrupted))
+                if status is None:
+                    continue
+                running.remove(cell)
+                undone.discard(cell.name)
+                if status and failure is None:
+                    failure = cell, status
     finally:
         signal.signal(signal.SIGINT, before)
+        for cell in running:  # an error of this process: nobody hears it
+            cell.process.terminate()
     if interrupted:
         print("\ninterrupted; `make repro` goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT
-    if running.returncode == 0:
+    if failure is None:
         return 0
-    if not FIRST_FAILURE.exists():
-        print(f"{complaint}\nerror: the cells were killed; `make repro` goes on from here", file=sys.stderr)
-        return 1
-    failure = json.loads(FIRST_FAILURE.read_text())
-    log = _log(failure["cell"])
-    tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-SHOWN:]
-    print(
-        f"\n{failure['cell']} failed. The end of {log}:\n", *(f"  {line}" for line in tail), sep="\n", file=sys.stderr
-    )
-    if failure["starved"]:
-        print(f"\nThe kernel has killed a process because memory ran out; {shortage.ADVICE}.", file=sys.stderr)
-    print("\n`make repro` goes on from here.", file=sys.stderr)
-    return failure["status"]
-
-
-def one_after_another(cells: str) -> int:
-    """Run cells one after another; called by xargs with `1/40 data 2/40 base`."""
-    end_with_parent()
-    told, words = os.environ.pop(ENDED, None), cells.split()
-    status = next((1 for number, name in zip(words[::2], words[1::2], strict=True) if one(number, name)), 0)
-    if told is not None:
-        os.write(int(told), " ".join([str(status), *words[1::2]]).encode() + b"\n")
-    return status
-
-
-def one(number: str, name: str) -> int:
-    """Run one cell, its output into its log."""
-    if FIRST_FAILURE.exists():  # nothing new is started
-        return 1
-    environment = dict(os.environ)
-    if "RLHF_GPUS" in environment and "RLHF_SLOT" in environment:
-        of = environment["RLHF_GPUS"].split()
-        environment["CUDA_VISIBLE_DEVICES"] = of[int(environment["RLHF_SLOT"]) % len(of)]
-    log, started, killed_before = _log(name), time.monotonic(), shortage.kills()
-    interrupted: list[bool] = []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))  # Ctrl-C ends DVC; this waits for it, and says so
-    _say(f"{number:>7}  {name} starts")
-    with log.open("w") as output:
-        status = subprocess.run(
-            ["dvc", "--wait-for-lock", "repro", "--single-item", name],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False,
-            preexec_fn=_listening_and_tied,
-        ).returncode  # fmt: skip
-    took = _duration(time.monotonic() - started)
-    if status == 0:
-        said = log.read_text(errors="replace")
-        how = (
-            "done" if "Running stage" in said else "brought back from the cache" if "is cached" in said else "unchanged"
-        )
-        _say(f"{number:>7}  {name} {how}, {took}")
-        return 0
-    _say(f"{number:>7}  {name} {'interrupted' if interrupted else 'FAILED'} after {took}")
-    try:
-        with FIRST_FAILURE.open("x") as file:
-            starved = "exited with -9" in log.read_text(errors="replace") and shortage.kills() > killed_before
-            json.dump({"cell": name, "status": status if 0 < status < 256 else 1, "starved": starved}, file)
-    except FileExistsError:
-        pass
-    return 1
+    failure[0].show()
+    return failure[1]
 
 
 def _log(name: str) -> Path:
@@ -334,18 +311,6 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
-def _deaf_and_tied() -> None:
-    """Before xargs starts: it must outlive Ctrl-C, and end with this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-def _listening_and_tied() -> None:
-    """Before DVC starts: it hears Ctrl-C again, and ends with this process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    end_with_parent()
-
-
 def _say(what: Any) -> None:
     os.write(1, f"{time.strftime('%H:%M:%S')} {what}\n".encode())  # whole: others speak at the same time
 
@@ -361,8 +326,6 @@ if __name__ == "__main__":
                 sys.exit(main(file))
             case ["waves"]:
                 show_waves()
-            case [cells]:
-                sys.exit(one_after_another(cells))
             case _:
                 sys.exit(main())
     except UserError as error:

@@ -11,6 +11,8 @@ imported after it, so that what runs is what DVC has just hashed.
     keeper                       forks the stage, tells it what was passed on, and says how it ended
     fork                         runs the command; it hears Ctrl-C itself, and ends with its keeper
 
+A fork has the stage's umask, paths and environment. It does not have its limits, niceness and processors: they are those of `make repro`.
+
 Linux without a GPU only: elsewhere fork after import is not safe, and a process that has looked at CUDA can have no forks that use it.
 """
 
@@ -26,12 +28,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf_vs_dpo.run import arithmetic
 
+TOLD = (signal.SIGINT, signal.SIGTERM)
 PLACE = "RLHF_PRELOADED"  # the socket of the process with the libraries
 LIBRARIES = (
     "typer",
@@ -60,14 +65,26 @@ def hand_over() -> None:
     place = os.environ.pop(PLACE, None)  # whatever this process starts is a process of its own
     if not place:
         return
+    try:
+        files = [os.fstat(number) and number for number in (0, 1, 2)]
+    except OSError:  # one is closed: a fork would take another file for it
+        return
     environment = dict(os.environ)
     if not arithmetic.native():
         environment = arithmetic.fixed_environment(environment)
-    asked = {"words": sys.argv, "environment": environment, "folder": os.getcwd(), "python": sys.prefix}
+    os.umask(umask := os.umask(0o077))
+    asked = {
+        "words": sys.argv,
+        "environment": environment,
+        "folder": os.getcwd(),
+        "python": sys.prefix,
+        "path": sys.path,
+        "umask": umask,
+    }
     line = socket.socket(socket.AF_UNIX)
     try:
         line.connect(place)
-        socket.send_fds(line, [b"\n"], [0, 1, 2])
+        socket.send_fds(line, [b"\n"], files)
         line.sendall(json.dumps(asked).encode() + b"\n")
         answers = line.makefile("r")
         begun = answers.readline()
@@ -156,11 +173,14 @@ def keep(line: socket.socket) -> bool:
             os._exit(0)
     except (OSError, ValueError):  # whoever asked was killed
         os._exit(1)
+    keeper = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)  # what the stage is told before it listens comes when it listens
     stage = os.fork()  # where memory is short it may fail: nothing has begun then
     if stage == 0:
         line.close()
-        become(asked["words"], asked["environment"], asked["folder"], files)
+        become(asked, files, keeper)
         return True
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD)
     with contextlib.suppress(OSError):
         line.sendall(b"begun\n")
     for file in files:
@@ -181,21 +201,33 @@ def keep(line: socket.socket) -> bool:
     os._exit(0)
 
 
-def become(words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> None:
-    """Be the process that was asked for, but for what is imported."""
+def become(asked: dict[str, Any], files: list[int], keeper: int) -> None:
+    """Be the process that was asked for, but for what is imported; end with the keeper."""
+    from rlhf_vs_dpo.run.launch import end_with_parent
+
     for place, file in enumerate(files):
         os.dup2(file, place)
         os.close(file)
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.argv, sys.orig_argv = words, [sys.executable, *words]
-    sys.path[0] = str(Path(words[0]).resolve().parent)
+    os.environ.update(asked["environment"])
+    time.tzset()
+    tempfile.tempdir = None
+    os.umask(asked["umask"])
+    os.chdir(asked["folder"])
+    sys.argv, sys.orig_argv, sys.path[:] = asked["words"], [sys.executable, *asked["words"]], asked["path"]
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
     # Here since before the fork, they would be those of then; all others of this project are imported by the stage.
     for name in [name for name in sys.modules if name.startswith("rlhf_vs_dpo")]:
         del sys.modules[name]
+    # No number of this project is drawn from these; two forks must not draw the same all the same.
+    sys.modules["numpy"].random.seed()
+    sys.modules["torch"].default_generator.seed()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD)
+    if os.getppid() != keeper:  # it was killed in between
+        sys.exit(128 + signal.SIGTERM)
 
 
 def load() -> None:
