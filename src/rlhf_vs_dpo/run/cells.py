@@ -141,18 +141,18 @@ def side_by_side(
                     slot = min({*range(jobs)} - {other.slot for other in running})
                     running.append(Cell(cell, number(), slot, places))
             time.sleep(LOOK_SECONDS)
-            for cell in list(running):
-                status = cell.ended(bool(interrupted))
+            for each in list(running):
+                status = each.ended(bool(interrupted))
                 if status is None:
                     continue
-                running.remove(cell)
-                undone.discard(cell.name)
+                running.remove(each)
+                undone.discard(each.name)
                 if status and failure is None:
-                    failure = cell, status
+                    failure = each, status
     finally:
         signal.signal(signal.SIGINT, before)
-        for cell in running:  # an error of this process: nobody hears it
-            cell.process.terminate()
+        for each in running:  # this process has met an error
+            each.process.terminate()
     if interrupted:
         print("\ninterrupted; `make repro` goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -19,6 +19,7 @@ Linux without a GPU only: elsewhere fork after import is not safe, and a process
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -215,6 +216,7 @@ def become(asked: dict[str, Any], files: list[int], keeper: int) -> None:
     os.umask(asked["umask"])
     os.chdir(asked["folder"])
     sys.argv, sys.orig_argv, sys.path[:] = asked["words"], [sys.executable, *asked["words"]], asked["path"]
+    assert isinstance(sys.stdout, io.TextIOWrapper)  # of a log
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
     # Here since before the fork, they would be those of then; all others of this project are imported by the stage.
     for name in [name for name in sys.modules if name.startswith("rlhf_vs_dpo")]:
