@@ -55,6 +55,7 @@ def start(folder: Path, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "rlhf_vs_dpo.run.cells"], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV | {"JOBS": "2"} | env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # of a shell's background it is deaf
     )  # fmt: skip
 
 

@@ -140,6 +140,9 @@ def side_by_side(
                     waiting.remove(cell)
                     slot = min({*range(jobs)} - {other.slot for other in running})
                     running.append(Cell(cell, number(), slot, places))
+                    if interrupted:  # while it was started: it may not have heard
+                        running[-1].process.send_signal(signal.SIGINT)
+                        break
             time.sleep(LOOK_SECONDS)
             for each in list(running):
                 status = each.ended(bool(interrupted))
