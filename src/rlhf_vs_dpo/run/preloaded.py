@@ -37,7 +37,7 @@ from typing import Any
 
 from rlhf_vs_dpo.run import arithmetic
 
-TOLD = (signal.SIGINT, signal.SIGTERM)
+TOLD = (signal.SIGINT, signal.SIGTERM)  # signals that end a stage
 PLACE = "RLHF_PRELOADED"  # the socket of the process with the libraries
 LIBRARIES = (
     "typer",
@@ -66,8 +66,10 @@ def hand_over() -> None:
     place = os.environ.pop(PLACE, None)  # whatever this process starts is a process of its own
     if not place:
         return
+    files = [0, 1, 2]
     try:
-        files = [os.fstat(number) and number for number in (0, 1, 2)]
+        for file in files:
+            os.fstat(file)
     except OSError:  # one is closed: a fork would take another file for it
         return
     environment = dict(os.environ)
@@ -221,7 +223,7 @@ def become(asked: dict[str, Any], files: list[int], keeper: int) -> None:
     # Here since before the fork, they would be those of then; all others of this project are imported by the stage.
     for name in [name for name in sys.modules if name.startswith("rlhf_vs_dpo")]:
         del sys.modules[name]
-    # No number of this project is drawn from these; two forks must not draw the same all the same.
+    # Without this, all forks would draw the same from generators that nobody has seeded. No number of this project comes from these.
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].default_generator.seed()
     end_with_parent()
